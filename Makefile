@@ -1,0 +1,49 @@
+# Two commands matter to a newcomer: `make demo` and `make test`. Everything runs in .venv, made on first use.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PYTEST := $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test test-slow check format lock clean
+
+help: ## list the commands
+	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*?## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(READY): pyproject.toml constraints.txt
+	@echo "creating $(VENV) (once: about two minutes and 2 GB)"
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11 or newer, or set PYTHON="; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[s3,hf,encode,dev]'
+	@touch $@
+
+env: $(READY) ## create .venv with the tested versions
+
+demo: $(READY) ## encode real clips into latents on this machine, verify them, show what came out
+	$(BIN)/python jobs/make_demo_data.py --output data/demo
+	$(BIN)/latents encode configs/encode/demo.yaml
+	$(BIN)/latents verify data/demo/latents --source
+
+test: $(READY) ## the tests (fast ones and the end-to-end ones)
+	$(PYTEST) -m "not slow"
+
+test-slow: $(READY) ## the long sweeps
+	$(PYTEST) -m slow
+
+check: $(READY) ## lint, format, types, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: $(READY) ## format the code and fix what ruff can fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock: $(READY) ## write the versions now in .venv to constraints.txt
+	$(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > constraints.txt
+
+clean: ## remove .venv and demo data
+	rm -rf $(VENV) data

@@ -1,0 +1,113 @@
+"""What a run does to a video, as frozen data: the parts of a config that the pipeline itself reads.
+
+These models are the config's sections, the decode child's instructions and the identity's fields at once, so
+that a setting has one name everywhere. Unknown keys are errors.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+DTypeName = Literal["float32", "bfloat16", "float16"]
+FormatName = Literal["webdataset", "parquet"]
+BackendName = Literal["pyav", "decord"]
+
+
+class Policy(BaseModel):
+    """Frozen, strict about unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class WindowPolicy(Policy):
+    """Which spans of a clip's frames become windows. Deterministic: a function of the decoded frames alone.
+
+    Frames are first sampled (`fps`, then `frame_stride`), then cut into windows of `frames` every
+    `window_stride` sampled frames. What is left after the last whole window is the tail.
+    """
+
+    frames: Annotated[int, Field(ge=1)] = 17
+    """Frames in a window; must be 1 + k * time_stride of the VAE."""
+    fps: Annotated[float, Field(gt=0)] | None = None
+    """Resample to this rate by presentation time: output k shows the frame on screen at k / fps seconds
+    after the first. None keeps every source frame."""
+    frame_stride: Annotated[int, Field(ge=1)] = 1
+    """Keep every n-th sampled frame."""
+    window_stride: Annotated[int, Field(ge=1)] | None = None
+    """Sampled frames from one window's start to the next; None means `frames` (no overlap)."""
+    max_windows: Annotated[int, Field(ge=1)] | None = None
+    """Stop after this many windows of a clip; the rest is recorded as unused, not as a rejection."""
+    tail: Literal["drop", "pad", "trim"] = "drop"
+    """drop: the tail is not encoded. pad: its last frame is repeated up to `frames`. trim: it is cut to the
+    longest valid length. All three are recorded; a clip that yields no window at all is rejected too_short."""
+    min_tail_frames: Annotated[int, Field(ge=1)] = 1
+    """pad and trim only keep tails with at least this many real frames."""
+
+    @property
+    def stride(self) -> int:
+        """Sampled frames between window starts."""
+        return self.window_stride or self.frames
+
+
+class ResizePolicy(Policy):
+    """How a frame reaches a bucket's size: short side resized, centre cropped, in display orientation.
+
+    The bucket nearest in aspect ratio (log scale) is chosen; among equals, the largest that needs no
+    upscaling, else the smallest.
+    """
+
+    buckets: Annotated[tuple[tuple[int, int], ...], Field(min_length=1)] = ((256, 256),)
+    """(height, width) pairs, multiples of the VAE's space stride."""
+    filter: Literal["bilinear", "bicubic", "lanczos"] = "bicubic"
+    """Pillow's antialiased resampling filter."""
+    upscale: Literal["allow", "reject"] = "allow"
+    """reject: a clip smaller than its bucket is rejected too_small."""
+
+    @model_validator(mode="after")
+    def _buckets_are_distinct(self) -> Self:
+        if any(side < 1 for bucket in self.buckets for side in bucket):
+            raise ValueError(f"buckets must have positive sides, got {self.buckets}")
+        if len(set(self.buckets)) != len(self.buckets):
+            raise ValueError(f"buckets must be distinct (height, width) pairs, got {self.buckets}")
+        return self
+
+
+class DecodePolicy(Policy):
+    """How a clip's bytes become frames, and what a decode child may spend on one."""
+
+    backends: Annotated[tuple[BackendName, ...], Field(min_length=1, max_length=2)] = ("pyav", "decord")
+    """Tried in this order, per clip. A backend that is not installed is skipped with a warning at start."""
+    cpu_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """CPU time a child may spend without finishing a window or a clip; wall time is limited to ten times that."""
+    memory_mb: Annotated[int, Field(ge=128)] = 4096
+    """Private memory (RSS less shared) of a child."""
+    max_clip_bytes: Annotated[int, Field(ge=1)] = 2 << 30
+    threads: Annotated[int, Field(ge=1)] = 1
+    """Codec threads per child. More children scale better than more threads."""
+    windows_in_flight: Annotated[int, Field(ge=1)] = 2
+    """Decoded windows a child may have waiting."""
+
+    @model_validator(mode="after")
+    def _backends_are_distinct(self) -> Self:
+        if len(set(self.backends)) != len(self.backends):
+            raise ValueError(f"decode backends must be distinct, got {self.backends}")
+        return self
+
+
+class EncodePolicy(Policy):
+    """How tiles become stored latents."""
+
+    dtype: DTypeName = "float32"
+    """Compute dtype of the VAE."""
+    storage_dtype: DTypeName = "float16"
+    logvar: bool = False
+    """Store the posterior's log variance beside its mean."""
+    batch_pixels: Annotated[int, Field(ge=1)] = 17 * 512 * 512
+    """Frames x height x width of one batch: as many tiles of a bucket as fit are stacked, at least one."""
+    memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
+    compile: bool = False
+    """torch.compile the tile encoder; one shape per bucket."""
+    threads: Annotated[int, Field(ge=1)] | None = None
+    """CPU threads of an encoder without a GPU; None derives them from the cores an actor has."""
