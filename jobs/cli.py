@@ -1,0 +1,30 @@
+"""The `latents` command: every verb is the function of a script in jobs/."""
+
+from __future__ import annotations
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Video latents for diffusion training.")
+
+
+def main() -> None:
+    """Entry point. Verbs are imported here, so that one missing extra does not take the others away."""
+    from jobs.verify_dataset import verify
+
+    app.command()(verify)
+    try:
+        from jobs.encode_webvid import encode
+    except ModuleNotFoundError as error:
+        missing = str(error)
+
+        @app.command("encode", help="Needs the extra 'encode': pip install 'cvvae-latents[encode]'.")
+        def encode_unavailable() -> None:
+            typer.echo(f"latents encode needs the extra 'encode' (pip install 'cvvae-latents[encode]'): {missing}")
+            raise typer.Exit(1)
+    else:
+        app.command()(encode)
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Connect to a Ray cluster, or start one on this machine, and cut it into encode actors."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+import ray.data
+
+from jobs.config import ClusterConfig
+from pipeline.dataflow import ActorShape, require_room
+from pipeline.policies import EncodePolicy
+
+LOOPBACK = "127.0.0.2"
+"""Ray replaces 127.0.0.1 by the network card's address; any other loopback address it keeps."""
+CORES_PER_CPU_ACTOR = 8
+MAX_DECODE_CHILDREN = 16
+
+
+@contextmanager
+def connected(config: ClusterConfig) -> Iterator[None]:
+    """A connection to the configured cluster, $RAY_ADDRESS, or a local Ray that nothing outside can reach.
+
+    A Ray that was connected before is used and left as it was.
+    """
+    if ray.is_initialized():
+        _quiet_data(config)
+        yield
+        return
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    options: dict[str, Any] = {"logging_level": logging.WARNING, "configure_logging": True}
+    if address:
+        options["address"] = address
+    else:
+        options["include_dashboard"] = False
+        if sys.platform == "linux":
+            options["_node_ip_address"] = LOOPBACK
+    ray.init(**options)
+    try:
+        _quiet_data(config)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _quiet_data(config: ClusterConfig) -> None:
+    """Ray Data says what the run's own progress says better; a stuck run must end, not wait for ever."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_no_progress_timeout_s = int(config.shard_timeout_minutes * 60)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def node_resources() -> list[dict[str, float]]:
+    """CPU, GPU and memory of every living node."""
+    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def decide_shape(
+    config: ClusterConfig, encode: EncodePolicy, nodes: list[dict[str, float]], num_shards: int
+) -> ActorShape:
+    """How many encode actors of what size: what the config says, else one per GPU, else one per eight cores.
+
+    ConfigError if no node has room for one.
+    """
+    gpus = sum(node.get("GPU", 0.0) for node in nodes)
+    cpus = sum(node.get("CPU", 0.0) for node in nodes)
+    gpus_per_actor = config.gpus_per_actor if config.gpus_per_actor is not None else (1.0 if gpus else 0.0)
+    if gpus_per_actor:
+        num_actors = config.num_actors or max(1, int(gpus // gpus_per_actor))
+        cores = min((n["CPU"] * gpus_per_actor / n["GPU"] for n in nodes if n.get("GPU")), default=1.0)
+        children = config.decode_children or min(MAX_DECODE_CHILDREN, max(1, int(cores) - 1))
+        threads, reserved = 1, 1.0 + children
+    else:
+        num_actors = config.num_actors or max(1, int(cpus // CORES_PER_CPU_ACTOR))
+        cores = max(1.0, min(cpus / num_actors, max((n.get("CPU", 1.0) for n in nodes), default=1.0)))
+        children = config.decode_children or max(1, int(cores) // 4)
+        # decoding is a small share of the work without a GPU, so few cores are shared rather than split
+        threads = encode.threads or max(1, int(cores) - (children if cores > 2 else 0))
+        reserved = min(cores, 1.0 + children)
+    shape = ActorShape(
+        num_actors=max(1, min(num_actors, num_shards)),
+        num_gpus=gpus_per_actor,
+        decode_children=children,
+        encode_threads=threads,
+        num_cpus=reserved,
+        max_attempts=config.max_attempts,
+    )
+    require_room(shape, nodes)
+    return shape

@@ -1,0 +1,117 @@
+"""Configs: YAML files read into frozen models, with overrides from the command line and errors that help."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+
+from pipeline.errors import ConfigError
+from pipeline.policies import Policy
+from pipeline.run import EncodeSettings
+
+ConfigType = TypeVar("ConfigType", bound=BaseModel)
+
+
+class ClusterConfig(Policy):
+    """Where a run runs. None means: derived from what the cluster has."""
+
+    address: str | None = None
+    """Ray address; None uses $RAY_ADDRESS (set inside a submitted job), else starts Ray on this machine."""
+    num_actors: Annotated[int, Field(ge=1)] | None = None
+    gpus_per_actor: Annotated[float, Field(ge=0)] | None = None
+    decode_children: Annotated[int, Field(ge=1)] | None = None
+    """Decode processes per encode actor."""
+    max_attempts: Annotated[int, Field(ge=1)] = 3
+    """A shard that was begun this often without an end is not tried again."""
+    on_poison_shard: Literal["stop", "set_aside"] = "stop"
+    shard_timeout_minutes: Annotated[float, Field(gt=0)] = 240.0
+    """Ray ends the run if nothing at all comes back for this long."""
+
+
+class EncodeConfig(EncodeSettings):
+    """configs/encode/*.yaml"""
+
+    cluster: ClusterConfig = ClusterConfig()
+
+
+def load_config(model: type[ConfigType], path: Path | str, overrides: Sequence[str] = ()) -> ConfigType:
+    """Read a YAML config, apply `a.b=value` overrides (values are YAML), validate.
+
+    ConfigError names the file, the setting, what was expected and what was given; an unknown setting comes with the
+    nearest known one.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"config {path} does not exist (relative paths start at {Path.cwd()})") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"config {path}: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"config {path}: expected a mapping of settings, got {type(raw).__name__}")
+    for override in overrides:
+        _apply(raw, override)
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        problems = "\n  ".join(_explain(model, problem) for problem in error.errors())
+        raise ConfigError(f"config {path}:\n  {problems}") from error
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    name, separator, text = override.partition("=")
+    if not separator or not all(name.split(".")):
+        raise ConfigError(f"--set: expected section.setting=value, got {override!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {name}: value is not YAML: {error}") from error
+    *sections, last = name.split(".")
+    place = raw
+    for section in sections:
+        place = place.setdefault(section, {})
+        if not isinstance(place, dict):
+            raise ConfigError(f"--set {name}: {section} is a value, not a section")
+    place[last] = value
+
+
+def _explain(model: type[BaseModel], problem: Any) -> str:
+    """One line: where, what was expected, what was given."""
+    location = [str(part) for part in problem["loc"]]
+    where = ".".join(location) or "(config)"
+    if problem["type"] == "extra_forbidden":
+        known = sorted(_known_settings(model, location[:-1]))
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        return f"{where}: unknown setting; {hint}"
+    got = "" if problem["type"] == "missing" else f", got {problem.get('input')!r}"
+    return f"{where}: {problem['msg']}{got}"
+
+
+def _known_settings(model: type[BaseModel], location: Sequence[str]) -> set[str]:
+    """Names that are allowed at a location; unions are searched by their tag, which pydantic puts in the location."""
+    models: list[type[BaseModel]] = [model]
+    for part in location:
+        fields = [m.model_fields[part].annotation for m in models if part in m.model_fields]
+        if fields:
+            models = [found for annotation in fields for found in _models_in(annotation)]
+        else:
+            models = [m for m in models if part in _tags(m)] or models
+    return {name for m in models for name in m.model_fields}
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in getattr(annotation, "__args__", ()):
+        yield from _models_in(argument)
+
+
+def _tags(model: type[BaseModel]) -> tuple[str, ...]:
+    kind = model.model_fields.get("kind")
+    return getattr(kind.annotation, "__args__", ()) if kind is not None else ()

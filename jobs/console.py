@@ -1,0 +1,133 @@
+"""What a run shows on the terminal: a plan, a progress bar, and a table at the end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from pipeline.dataflow import ActorShape
+from pipeline.documents import Manifest, ShardReceipt
+from pipeline.errors import PipelineError
+from pipeline.run import EncodeSettings, RunLog, RunPlan
+
+
+@contextmanager
+def report_errors() -> Iterator[None]:
+    """Errors a user can act on become one message and exit code 1; everything else keeps its traceback."""
+    try:
+        yield
+    except (PipelineError, ValueError) as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
+        Console(stderr=True, markup=False, highlight=False).print(str(error))
+        sys.exit(1)
+
+
+class RunDisplay:
+    """The terminal side of `run_encode`."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(highlight=False)
+        self._progress: Progress | None = None
+        self._bar = self._tiles_text = None
+        self._encode_started = time.monotonic()
+        self._counts: list[ShardReceipt] = []
+        self._encoders: dict[str, dict[str, float]] = {}
+
+    def starting(self, settings: EncodeSettings) -> None:
+        if settings.vae.is_seeded:
+            self._console.print(
+                f"[yellow]The VAE {settings.vae.spec} has seeded random weights (seed {settings.vae.seed}): its "
+                "latents show that the pipeline works and mean nothing to a model.[/]"
+            )
+
+    def planned(self, plan: RunPlan) -> None:
+        identity = plan.run_file.identity
+        self._console.print(
+            f"{len(plan.shards)} shards, {len(plan.shards) - len(plan.todo)} committed before, "
+            f"{len(plan.todo)} to encode with {identity.vae.get('name')} "
+            f"(weights {identity.weights_sha256[:12]}) into {plan.dataset.store.full_url('')}"
+        )
+
+    @contextmanager
+    def encoding(self, plan: RunPlan, shape: ActorShape) -> Iterator[None]:
+        """A progress bar over the shards while the body runs."""
+        device = f"{shape.num_gpus:g} GPU" if shape.num_gpus else f"{shape.encode_threads} CPU threads"
+        self._console.print(
+            f"{shape.num_actors} encode actors ({device}, {shape.decode_children} decode processes each)"
+        )
+        columns = (
+            SpinnerColumn(),
+            TextColumn("encoding"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("shards  {task.fields[figures]}"),
+            TimeElapsedColumn(),
+        )
+        self._encode_started = time.monotonic()
+        with Progress(*columns, console=self._console) as progress:
+            self._bar = progress.add_task("encode", total=len(plan.todo), figures="starting the encoders")
+            self._progress = progress
+            try:
+                yield
+            finally:
+                self._progress = None
+
+    def progress(self, encoders: dict[str, dict[str, float]]) -> None:
+        """Figures of the encoders, every few seconds, from another thread."""
+        self._encoders = dict(encoders)
+        progress, bar = self._progress, self._bar
+        if progress is None or bar is None or not encoders:
+            return
+        tiles = sum(figures["tiles"] for figures in encoders.values())
+        busy = sum(figures["busy_seconds"] for figures in encoders.values())
+        rate = f", {tiles / busy * len(encoders):.2f} tiles/s" if busy else ""
+        progress.update(bar, figures=f"{tiles:.0f} tiles encoded{rate}")
+
+    def committed(self, receipt: ShardReceipt) -> None:
+        self._counts.append(receipt)
+        if self._progress is not None and self._bar is not None:
+            self._progress.advance(self._bar)
+
+    def finished(self, plan: RunPlan, manifest: Manifest, log: RunLog) -> None:
+        """The table of the whole dataset, and of this run's time."""
+        counts = manifest.counts
+        table = Table(title="dataset", show_header=False, title_justify="left")
+        table.add_row("shards", str(len(manifest.shards)))
+        table.add_row("clips encoded", f"{counts.clips_encoded} of {counts.samples} samples")
+        table.add_row("windows stored", str(counts.windows_stored))
+        for bucket, rows in manifest.buckets.items():
+            table.add_row(f"  {bucket}", str(rows))
+        table.add_row("rejected", str(counts.clips_rejected + counts.windows_rejected))
+        for name, number in manifest.rejections.items():
+            table.add_row(f"  {name}", str(number))
+        table.add_row("frames stored", str(counts.frames_stored))
+        table.add_row("frames in dropped tails", str(counts.frames_dropped_tail))
+        table.add_row("payload bytes", f"{manifest.payload_bytes:,}")
+        for name, number in manifest.decoders.items():
+            table.add_row(f"windows read by {name}", str(number))
+        self._console.print(table)
+        if self._counts:
+            self._console.print(self._time_table(log))
+        if manifest.set_aside:
+            self._console.print(f"[yellow]set aside: {', '.join(manifest.set_aside)}[/]")
+        self._console.print(f"dataset: {plan.dataset.store.full_url('')}")
+
+    def _time_table(self, log: RunLog) -> Table:
+        wall = time.monotonic() - self._encode_started
+        frames = sum(receipt.counts.frames_stored for receipt in self._counts)
+        table = Table(title="this run", show_header=False, title_justify="left")
+        table.add_row("wall time", f"{wall:.1f} s, start-up included")
+        table.add_row("frames/s", f"{frames / wall:.1f} stored")
+        stages: dict[str, float] = {}
+        for seconds in log.shard_seconds.values():
+            for name, value in seconds.items():
+                stages[name] = stages.get(name, 0.0) + value
+        for name, value in stages.items():
+            table.add_row(f"  {name}", f"{value:.1f} s over all shards")
+        return table
