@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from pipeline.errors import ConfigError
-from pipeline.policies import Policy
+from pipeline.policies import Policy, refuse_secrets
 from pipeline.run import EncodeSettings
 
 ConfigType = TypeVar("ConfigType", bound=BaseModel)
@@ -59,8 +59,7 @@ def load_config(model: type[ConfigType], path: Path | str, overrides: Sequence[s
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        problems = "\n  ".join(_explain(model, problem) for problem in error.errors())
-        raise ConfigError(f"config {path}:\n  {problems}") from error
+        raise ConfigError(f"config {path}:\n  " + "\n  ".join(_problems(model, error))) from error
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
@@ -74,23 +73,55 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     *sections, last = name.split(".")
     place = raw
     for section in sections:
-        place = place.setdefault(section, {})
+        if place.get(section) is None:  # absent, or a header with nothing under it
+            place[section] = {}
+        place = place[section]
         if not isinstance(place, dict):
             raise ConfigError(f"--set {name}: {section} is a value, not a section")
     place[last] = value
 
 
-def _explain(model: type[BaseModel], problem: Any) -> str:
+def _problems(model: type[BaseModel], error: ValidationError) -> Iterator[str]:
+    """A line per problem. What is said of a part makes what follows from it for the whole superfluous."""
+    problems = [(_path(model, problem), problem) for problem in error.errors()]
+    lines = [
+        _explain(model, path, problem)
+        for path, problem in problems
+        if not any(len(other) > len(path) and other[: len(path)] == path for other, _ in problems)
+    ]
+    yield from dict.fromkeys(lines)
+
+
+def _path(model: type[BaseModel], problem: Any) -> tuple[str, ...]:
+    """The setting as the user wrote it: without the names that pydantic puts in for the members of a union."""
+    *parents, last = (str(part) for part in problem["loc"]) if problem["loc"] else [""]
+    tags = {tag for field in model.model_fields.values() for m in _models_in(field.annotation) for tag in _tags(m)}
+    path = [part for part in parents if part not in tags and "[" not in part]
+    is_label = problem["type"] != "extra_forbidden" and ("[" in last or last in tags)
+    return tuple(path) if is_label else (*path, last)
+
+
+def _explain(model: type[BaseModel], path: tuple[str, ...], problem: Any) -> str:
     """One line: where, what was expected, what was given."""
-    location = [str(part) for part in problem["loc"]]
-    where = ".".join(location) or "(config)"
+    where = ".".join(path) or "(config)"
     if problem["type"] == "extra_forbidden":
-        known = sorted(_known_settings(model, location[:-1]))
-        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.4)
+        known = sorted(_known_settings(model, [str(part) for part in problem["loc"][:-1]]))
+        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
         return f"{where}: unknown setting; {hint}"
-    got = "" if problem["type"] == "missing" else f", got {problem.get('input')!r}"
-    return f"{where}: {problem['msg']}{got}"
+    message = problem["msg"].removeprefix("Value error, ")
+    # our own errors say what they got; a mapping may hold a credential
+    if problem["type"] in ("missing", "value_error") or isinstance(problem["input"], dict):
+        return f"{where}: {message}"
+    return f"{where}: {message}, got {_shown(problem['input'])}"
+
+
+def _shown(value: Any) -> str:
+    try:
+        refuse_secrets(value)
+    except ValueError:
+        return "something that looks like a credential"
+    return repr(value)[:200]
 
 
 def _known_settings(model: type[BaseModel], location: Sequence[str]) -> set[str]:

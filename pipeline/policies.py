@@ -6,19 +6,61 @@ that a setting has one name everywhere. Unknown keys are errors.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+import os
+import re
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 DTypeName = Literal["float32", "bfloat16", "float16"]
 FormatName = Literal["webdataset", "parquet"]
 BackendName = Literal["pyav", "decord"]
 
 
-class Policy(BaseModel):
-    """Frozen, strict about unknown keys."""
+_SECRET_NAME = re.compile(r"secret|token|passw|credential|(^|_)key$|sas|connection_string", re.IGNORECASE)
+_SECRET_URL = re.compile(r"://[^/@\s]*:[^/@\s]*@", re.IGNORECASE)
+_SIGNED_URL = re.compile(
+    r"://.*[?&](x-amz-|x-goog-)?(signature|security-token|sig|token|access_token)=", re.IGNORECASE
+)
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+
+def refuse_secrets(value: Any, name: str = "") -> Any:
+    """ValueError if a setting looks like a credential: configs are stored in run.json, so none may hold one."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if inner not in (None, False, True, "") and _SECRET_NAME.search(str(key)):
+                raise ValueError(
+                    f"{name}{key} looks like a credential; credentials come from the environment "
+                    "(AWS_ACCESS_KEY_ID and so on) or the machine's role, never from a config"
+                )
+            refuse_secrets(inner, f"{name}{key}.")
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            refuse_secrets(inner, name)
+    elif isinstance(value, str) and _SECRET_URL.search(value):
+        raise ValueError("a URL with user:password in it; credentials come from the environment, never from a config")
+    elif isinstance(value, str) and _SIGNED_URL.search(value):
+        raise ValueError(
+            "a signed URL holds a credential; credentials come from the environment, never from a config"
+        )
+    return value
+
+
+def absolute_path(url: str) -> str:
+    """A local path made absolute, for processes with another working directory; URLs stay as they are."""
+    return url if "://" in url or "::" in url else os.path.abspath(os.path.expanduser(url))  # noqa: PTH100, PTH111
+
+
+StoreOptions = Annotated[dict[str, Any], Field(default_factory=dict), AfterValidator(refuse_secrets)]
+"""fsspec options that are no secrets, such as {"endpoint_url": ...}."""
+PublicUrl = Annotated[str, AfterValidator(refuse_secrets), AfterValidator(absolute_path)]
+"""A URL without credentials, or a local path."""
+
+
+class Policy(BaseModel):
+    """Frozen, strict about unknown keys. Its errors do not print what was given: that may be a refused secret."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
 
 class WindowPolicy(Policy):

@@ -32,6 +32,8 @@ class VideoShard:
     """The store's version tag, where it has one."""
     rows: tuple[int, int] | None = None
     """Half-open span of table rows; None for a tar."""
+    byte_span: tuple[int, int] | None = None
+    """Half-open byte span of those rows in a CSV."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,30 @@ if TYPE_CHECKING:
 PROJECT = Path(__file__).resolve().parents[1]
 
 
+_TOKEN_FOLDER = tempfile.TemporaryDirectory(prefix="ray-token-")
+_RAY_ENVIRONMENT = {
+    # workers import the packages and the test modules from the project's folder, installed or not
+    "PYTHONPATH": os.pathsep.join([str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    # a token of its own keeps Ray from writing ~/.ray/auth_token
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN_PATH": str(Path(_TOKEN_FOLDER.name) / "token"),
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+}
+
+
+def pytest_configure() -> None:
+    """Before any test module is collected: Ray reads its authentication mode when it is imported."""
+    token = Path(_RAY_ENVIRONMENT["RAY_AUTH_TOKEN_PATH"])
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    os.environ.update(_RAY_ENVIRONMENT)
+
+
+def pytest_unconfigure() -> None:
+    _TOKEN_FOLDER.cleanup()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked gpu are skipped, never passed, without a CUDA device."""
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
@@ -85,28 +109,9 @@ def ffmpeg() -> str:
 
 
 @pytest.fixture(scope="session")
-def ray_environment() -> Iterator[dict[str, str]]:
-    """The environment of every Ray in the tests, set in os.environ too, so that subprocesses have it.
-
-    A token of its own keeps Ray from writing ~/.ray/auth_token; workers import the packages and the test modules
-    from the project's folder, installed or not.
-    """
-    with tempfile.TemporaryDirectory(prefix="ray-token-") as folder:
-        token = Path(folder) / "token"
-        token.touch(mode=0o600)
-        token.write_text(secrets.token_hex(32))
-        paths = [str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {
-            "PYTHONPATH": os.pathsep.join(paths),
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(token),
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-        }
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in environment.items():
-                patch.setenv(name, value)
-            yield environment
+def ray_environment() -> dict[str, str]:
+    """The environment of every Ray in the tests; it is in os.environ too, so that subprocesses have it."""
+    return _RAY_ENVIRONMENT
 
 
 @pytest.fixture(scope="session")

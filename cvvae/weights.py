@@ -1,0 +1,203 @@
+"""Weights in and out: released checkpoints, seeded ones for tests and demos, and the hash that names them.
+
+Nothing here unpickles: safetensors, or torch.load(weights_only=True). Matching is strict: every key, every shape.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from cvvae.checkpoint_spec import config_from_spec, spec_from_config, spec_from_tensors
+from cvvae.cv_vae import CVVAE, LAYOUTS
+from cvvae.spec import VAESpec
+from cvvae.vae import VideoVAE
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+PICKLE_SUFFIXES = (".ckpt", ".pth", ".pt")
+
+MODELS: dict[str, type[VideoVAE]] = dict.fromkeys(LAYOUTS, CVVAE)
+"""Family of a spec -> the class that implements it: where a new model is added."""
+
+_LISTED = 10
+
+
+def load_vae(
+    path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> VideoVAE:
+    """A released CV-VAE in eval mode, its weights converted from the stored dtype to `dtype`.
+
+    `path` is a directory with config.json and diffusion_pytorch_model.safetensors, a directory with one .ckpt, or a
+    .ckpt, .pth or .safetensors file. Without a config.json in the directory the model is recognised from keys and
+    shapes, and the tile plan and scale are the family's own. From a training state only encoder.* and decoder.* are
+    taken. ValueError if the config is not supported or keys and shapes do not match exactly; FileNotFoundError.
+    """
+    config_file, weight_file = _find_files(Path(path))
+    digest = weights_sha256(weight_file)
+    tensors = _read_tensors(weight_file)
+    if config_file is None:
+        spec = spec_from_tensors(tensors, where=str(weight_file))
+    else:
+        spec = spec_from_config(_read_config(config_file), where=str(config_file))
+    with torch.device("meta"):  # no memory and no time for an initialisation that is overwritten
+        vae = _construct(spec)
+    check_tensors(tensors, vae, where=str(weight_file))
+    converted = {key: tensors.pop(key).to(device=device, dtype=dtype) for key in vae.state_dict()}
+    vae.load_state_dict(converted, assign=True)
+    vae.weights_sha256 = digest
+    return vae.use_channels_last().eval()
+
+
+def build_vae(spec: VAESpec) -> VideoVAE:
+    """A model of that spec with PyTorch's random initialisation (global generator), on the CPU in fp32, eval mode."""
+    return _construct(spec).use_channels_last().eval()
+
+
+def seeded_vae(spec: VAESpec, seed: int) -> VideoVAE:
+    """`build_vae` with weights that follow from (key, seed) alone, the same on every machine: for tests and demos.
+
+    Full-width models take seconds: 180 M draws. `weights_sha256` is that of the tensors.
+    """
+    with torch.device("meta"):
+        vae = _construct(spec)
+    values = {key: _seeded_tensor(key, tuple(like.shape), seed) for key, like in vae.state_dict().items()}
+    vae.load_state_dict(values, assign=True)
+    vae.weights_sha256 = weights_sha256(vae)
+    return vae.use_channels_last().eval()
+
+
+def save_vae(vae: VideoVAE, directory: str | os.PathLike[str]) -> Path:
+    """Writes config.json and diffusion_pytorch_model.safetensors as the authors do; `load_vae` reads them back.
+
+    The stored dtype is the model's. Each file appears complete or not at all, the config last.
+    """
+    target = Path(directory)
+    config = config_from_spec(vae.spec)
+    target.mkdir(parents=True, exist_ok=True)
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in vae.state_dict().items()}
+    weight_part = target / f".{WEIGHTS_NAME}.tmp"
+    safetensors.torch.save_file(tensors, weight_part, metadata={"format": "pt"})
+    weight_part.replace(target / WEIGHTS_NAME)
+    config_part = target / f".{CONFIG_NAME}.tmp"
+    config_part.write_text(json.dumps(config, indent=2) + "\n")
+    config_part.replace(target / CONFIG_NAME)
+    return target
+
+
+def weights_sha256(source: str | os.PathLike[str] | nn.Module) -> str:
+    """Hex sha256 that names weights: of the weight file's bytes, as model hubs list it, or of a module's tensors.
+
+    A module's hash covers key, dtype, shape and bytes in key order, so it ignores memory layout and device. The two
+    kinds differ for the same weights: a file's hash also covers its container.
+    """
+    if not isinstance(source, nn.Module):
+        _, weight_file = _find_files(Path(source))
+        with weight_file.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for key, tensor in sorted(source.state_dict().items()):
+        digest.update(f"{key}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        # flattened, because a 0-D tensor has no view of another item size
+        data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(memoryview(data.numpy()))
+    return digest.hexdigest()
+
+
+def check_tensors(tensors: Mapping[str, Tensor], model: nn.Module, *, where: str) -> None:
+    """ValueError listing missing, unexpected and misshapen keys, each with its count and at most ten by name."""
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    got = {key: tuple(value.shape) for key, value in tensors.items()}
+    misshapen = [key for key in expected if key in got and got[key] != expected[key]]
+    groups = {
+        "missing": sorted(expected.keys() - got.keys()),
+        "unexpected": sorted(got.keys() - expected.keys()),
+        "of another shape": [f"{key} (expected {expected[key]}, got {got[key]})" for key in sorted(misshapen)],
+    }
+    lines = [f"{len(keys)} {what}: {_capped(keys)}" for what, keys in groups.items() if keys]
+    if lines:
+        raise ValueError(f"{where}: expected the {len(expected)} keys of the model, got\n  " + "\n  ".join(lines))
+
+
+def _capped(keys: list[str]) -> str:
+    rest = len(keys) - _LISTED
+    return ", ".join(keys[:_LISTED]) + (f", and {rest} more" if rest > 0 else "")
+
+
+def _construct(spec: VAESpec) -> VideoVAE:
+    if spec.family not in MODELS:
+        raise ValueError(f"VAESpec {spec.name!r}: family: expected one of {sorted(MODELS)}, got {spec.family!r}")
+    return MODELS[spec.family](spec)
+
+
+def _seeded_tensor(key: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    # RandomState, not Generator: its stream is frozen, so the golden outputs stay valid
+    normal = np.random.RandomState((zlib.crc32(key.encode()) + seed) % 2**32).standard_normal(shape)
+    if key.endswith(".bias"):
+        values = 0.05 * normal
+    elif len(shape) == 1 or key.endswith("gamma"):
+        values = 1.0 + 0.1 * normal
+    else:
+        values = normal / np.sqrt(np.prod(shape[1:]))
+    return torch.from_numpy(values.astype(np.float32))
+
+
+def _find_files(path: Path) -> tuple[Path | None, Path]:
+    """(config.json or None, weight file) for what a user may name. A file named directly is read without a config."""
+    if path.is_file():
+        if path.suffix not in (".safetensors", *PICKLE_SUFFIXES):
+            raise ValueError(f"{path}: expected a .safetensors, .ckpt, .pth or .pt file or a directory")
+        return None, path
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: expected a checkpoint file or directory, found nothing there")
+    config_file = path / CONFIG_NAME
+    weight_file = path / WEIGHTS_NAME
+    if not weight_file.is_file():
+        pickled = sorted(file for file in path.iterdir() if file.suffix in PICKLE_SUFFIXES)
+        if len(pickled) != 1:
+            raise ValueError(
+                f"{path}: expected {WEIGHTS_NAME} or exactly one .ckpt, .pth or .pt file, "
+                f"got {[file.name for file in pickled]}"
+            )
+        weight_file = pickled[0]
+    return (config_file if config_file.is_file() else None), weight_file
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file}: expected JSON, got an error at {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: expected a JSON object, got {type(config).__name__}")
+    return config
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of a weight file that belong to a model: training-only ones (loss, frozen 2-D decoder) left out."""
+    try:
+        if file.suffix == ".safetensors":
+            return safetensors.torch.load_file(file)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{file}: expected a readable file of tensors (objects of other classes are not loaded), got: {error}"
+        ) from error
+    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{file}: expected a state dict, bare or under 'state_dict', got {type(state).__name__}")
+    training_only = ("loss.", "constraint_")
+    return {
+        key: value for key, value in state.items() if isinstance(value, Tensor) and not key.startswith(training_only)
+    }

@@ -1,0 +1,161 @@
+"""A dataset directory: its layout, who may write into it, and what makes a shard committed.
+
+OUT/run.json                     created first, only if absent: the directory belongs to one identity
+OUT/shards/ID.tar|.parquet       payload: the first whole object wins
+OUT/index/ID.parquet             one row per window, no payload; apart, so that shards/ is all payload
+OUT/receipts/ID.json             the commit: written once, after the objects it describes
+OUT/runs/RUN.json                times, rates, hosts: what may differ between runs
+OUT/manifest.json, README.md     written last
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from pipeline.documents import Manifest, RunFile, ShardReceipt, StoredObject, canonical_json
+from pipeline.errors import DatasetError, IdentityMismatch, SourceChanged
+from pipeline.records import VideoShard
+from pipeline.storage import Store
+
+RUN_FILE = "run.json"
+MANIFEST = "manifest.json"
+CARD = "README.md"
+SOURCE_PLACES = ("urls", "url", "root", "options")
+RECEIPT_READERS = 32
+_CHUNK = 1 << 20
+
+
+def shard_name(shard_id: str, suffix: str) -> str:
+    return f"shards/{shard_id}{suffix}"
+
+
+def index_name(shard_id: str) -> str:
+    return f"index/{shard_id}.parquet"
+
+
+def receipt_name(shard_id: str) -> str:
+    return f"receipts/{shard_id}.json"
+
+
+class DatasetFolder:
+    """The documents of a dataset in a store."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def claim(self, run: RunFile) -> RunFile:
+        """Create run.json, or check the one that is there. IdentityMismatch names every field that differs.
+
+        Returns the run.json that stands, which may have been written by an earlier run.
+        """
+        self.store.require_conditional_writes()
+        if self.store.create(RUN_FILE, run.to_bytes()):
+            return run
+        standing = self.run_file()
+        differences = list(_differences(standing, run))
+        if differences:
+            lines = "\n  ".join(differences)
+            raise IdentityMismatch(
+                f"{self.store.full_url('')} belongs to another run (one directory holds one identity).\n  {lines}\n"
+                "Choose another output.url, or make the config as it was."
+            )
+        return standing
+
+    def run_file(self) -> RunFile:
+        """run.json; DatasetError if this is no dataset directory."""
+        return RunFile.from_bytes(self._read(RUN_FILE), self.store.full_url(RUN_FILE))
+
+    def manifest(self) -> Manifest:
+        """manifest.json; DatasetError if the dataset is unfinished."""
+        return Manifest.from_bytes(self._read(MANIFEST), self.store.full_url(MANIFEST))
+
+    def receipt(self, shard_id: str) -> ShardReceipt:
+        name = receipt_name(shard_id)
+        return ShardReceipt.from_bytes(self._read(name), self.store.full_url(name))
+
+    def receipt_ids(self) -> list[str]:
+        """Ids of the committed shards, sorted: one listing of receipts/."""
+        return [name.removesuffix(".json") for name in self.store.names("receipts", ".json")]
+
+    def receipts(self, shard_ids: Iterable[str]) -> Iterator[ShardReceipt]:
+        """Receipts in the given order, read by several threads."""
+        with ThreadPoolExecutor(RECEIPT_READERS, thread_name_prefix="receipts") as pool:
+            yield from pool.map(self.receipt, shard_ids)
+
+    def commit(self, receipt: ShardReceipt) -> ShardReceipt:
+        """Write the receipt unless the shard has one; return the one that stands."""
+        if self.store.create(receipt_name(receipt.shard_id), receipt.to_bytes()):
+            return receipt
+        standing = self.receipt(receipt.shard_id)
+        if standing.payload != receipt.payload or standing.fingerprint != receipt.fingerprint:
+            raise DatasetError(
+                f"{self.store.full_url(receipt_name(receipt.shard_id))}: another receipt stands and describes "
+                f"{standing.payload}, but the object found is {receipt.payload}"
+            )
+        return standing
+
+    def finish(self, manifest: Manifest, card: str) -> None:
+        """Write the dataset card and, last, the manifest."""
+        self.store.replace(CARD, card.encode())
+        self.store.replace(MANIFEST, manifest.to_bytes())
+
+    def write_run_report(self, run_id: str, report: dict[str, object]) -> None:
+        self.store.replace(f"runs/{run_id}.json", canonical_json(report))
+
+    def _read(self, name: str) -> bytes:
+        try:
+            return self.store.read_bytes(name)
+        except FileNotFoundError as error:
+            raise DatasetError(f"{self.store.full_url(name)} does not exist") from error
+
+
+def _differences(standing: RunFile, wanted: RunFile) -> Iterator[str]:
+    """One line per setting in which two run files cannot share a directory."""
+    if standing.format != wanted.format:
+        yield f"output.format: the directory has {standing.format!r}, this run has {wanted.format!r}"
+    before, now = standing.identity.model_dump(mode="json"), wanted.identity.model_dump(mode="json")
+    yield from _leaf_differences("", before, now)
+    # where the source lies may change; how it is cut into shards, keyed and captioned may not
+    sources = [{k: v for k, v in run.source.items() if k not in SOURCE_PLACES} for run in (standing, wanted)]
+    yield from _leaf_differences("source", *sources)
+
+
+def _leaf_differences(prefix: str, before: object, now: object) -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in sorted(before.keys() | now.keys()):
+            where = f"{prefix}.{name}" if prefix else name
+            yield from _leaf_differences(where, before.get(name, "(absent)"), now.get(name, "(absent)"))
+    elif before != now:
+        yield f"{prefix}: the directory has {before!r}, this run has {now!r}"
+
+
+def require_unchanged(shard: VideoShard, receipt: ShardReceipt) -> None:
+    """SourceChanged if a committed shard's source is no longer the object its receipt was made from."""
+    for name in ("size", "etag"):
+        before, now = getattr(receipt.source, name), getattr(shard, name)
+        if before is not None and now is not None and before != now:
+            raise SourceChanged(
+                f"{shard.url}: its {name} was {before!r} when shard {shard.id} was committed and is {now!r} now. "
+                "Encode the changed source into another output directory, or restore it."
+            )
+
+
+def describe_file(name: str, path: Path) -> StoredObject:
+    """Size and sha256 of a local file that is to be stored under `name`."""
+    with path.open("rb") as file:
+        return StoredObject(
+            path=name, size=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest()
+        )
+
+
+def describe_stored(store: Store, name: str) -> StoredObject:
+    """Size and sha256 of an object in a store, read in one pass. FileNotFoundError if absent."""
+    digest, size = hashlib.sha256(), 0
+    with store.open_stream(name) as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+    return StoredObject(path=name, size=size, sha256=digest.hexdigest())

@@ -1,0 +1,188 @@
+"""Clips in, windows out, decoded by killable child processes.
+
+A thread per child owns it for life (the kernel kills a child with the thread that started it), hands it one clip at
+a time, watches what it spends and replaces it when it must. `decode` gives the events of its clips in clip order
+however many children there are; several threads may call it at once and share the children.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+from pipeline.decode.clips import ClipSummary
+from pipeline.decode.task import ClipTask, Ended, Failed, Given, Voided
+from pipeline.decode.wire import Job
+from pipeline.decode.worker import PoolWorker, TaskQueue
+from pipeline.errors import ConfigError
+from pipeline.policies import BackendName, DecodePolicy, ResizePolicy, WindowPolicy
+from pipeline.records import Clip, Rejection, Window
+from pipeline.windows import check_window_length
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class WindowReady:
+    """The next window of a clip. Void if the clip is retracted later."""
+
+    window: Window
+    clip: Clip
+
+
+@dataclass(frozen=True, slots=True)
+class ClipRetracted:
+    """The windows given so far for this clip are void: it is decoded again from its start, or is refused."""
+
+    clip: Clip
+
+
+@dataclass(frozen=True, slots=True)
+class ClipDone:
+    """A clip's end, exactly one per clip; its Blob is closed. Either `summary` or `rejection` is set. A clip with a
+    rejection has no valid window: those given before were retracted."""
+
+    clip: Clip
+    summary: ClipSummary | None = None
+    rejection: Rejection | None = None
+
+
+DecodeEvent = WindowReady | ClipRetracted | ClipDone
+
+
+@dataclass(slots=True)
+class _LookAhead:
+    """The clips of one `decode` call that are in the pool."""
+
+    tasks: deque[ClipTask] = field(default_factory=deque)
+
+    def abandon(self) -> None:
+        """Free the children of what nobody waits for any more; return once no thread uses the clips."""
+        for task in self.tasks:
+            task.cancel()
+        for task in self.tasks:
+            task.wait_released()
+            task.clip.video.close()
+
+
+class DecodePool:
+    """`num_children` decode processes. Close it, or use it as a context manager."""
+
+    def __init__(self, policy: DecodePolicy, num_children: int) -> None:
+        """Starts the children. PipelineError if one does not start, ConfigError if no backend is installed."""
+        if num_children < 1:
+            raise ConfigError(f"a decode pool needs at least 1 child, got {num_children}")
+        self.policy = policy
+        self._queue = TaskQueue()
+        self._numbers = iter(range(1 << 62))
+        self._lock = threading.Lock()
+        self._workers = [PoolWorker(self._queue, policy, name=f"decode-{n}") for n in range(num_children)]
+        try:
+            for worker in self._workers:
+                worker.start()
+            decoders = [worker.wait_started() for worker in self._workers][-1]
+            self._backends = _installed(policy.backends, decoders)
+        except BaseException:
+            self.close()
+            raise
+        self.decoders = tuple(str(decoders[name]) for name in self._backends)
+        """The decoders in use with their versions, in the order they are tried: ("pyav-18.1.0", ...)."""
+
+    def decode(
+        self, clips: Iterator[Clip], windows: WindowPolicy, resize: ResizePolicy, time_stride: int
+    ) -> Iterator[DecodeEvent]:
+        """Events in clip order. At most num_children + 1 clips are taken ahead; each clip's Blob is closed at its
+        ClipDone, or when the iterator is closed. ConfigError if windows have no valid length."""
+        check_window_length(windows, time_stride)
+        return self._decode(clips, windows, resize, time_stride)
+
+    def _decode(
+        self, clips: Iterator[Clip], windows: WindowPolicy, resize: ResizePolicy, time_stride: int
+    ) -> Iterator[DecodeEvent]:
+        ahead = _LookAhead()
+        clips = iter(clips)
+        try:
+            while True:
+                while len(ahead.tasks) <= len(self._workers) and (clip := next(clips, None)) is not None:
+                    ahead.tasks.append(ClipTask(clip, self._job(windows, resize, time_stride)))
+                    self._queue.put(ahead.tasks[-1])
+                if not ahead.tasks:
+                    return
+                yield from _events(ahead.tasks[0])
+                ahead.tasks.popleft()
+        finally:
+            ahead.abandon()
+
+    def _job(self, windows: WindowPolicy, resize: ResizePolicy, time_stride: int) -> Job:
+        with self._lock:
+            number = next(self._numbers)
+        return Job(
+            number=number,
+            backends=self._backends,
+            windows=windows,
+            resize=resize,
+            time_stride=time_stride,
+            threads=self.policy.threads,
+            windows_in_flight=self.policy.windows_in_flight,
+        )
+
+    def child_pids(self) -> list[int]:
+        """Process ids of the children that run now, for monitoring."""
+        return [pid for worker in self._workers if (pid := worker.child_pid) is not None]
+
+    def close(self) -> None:
+        """End the children and their threads. A `decode` still running raises PipelineError."""
+        self._queue.close()
+        for worker in self._workers:
+            worker.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _events(task: ClipTask) -> Iterator[DecodeEvent]:
+    """One clip's events up to its end. Raises the pool's own failures (a child that does not start)."""
+    clip = task.clip
+    void = False  # whether windows were given that a retraction would take back
+    while True:
+        match task.take():
+            case Given(decoded):
+                void = True
+                yield WindowReady(decoded.to_window(clip.key), clip)
+            case Voided():
+                if void:
+                    void = False
+                    yield ClipRetracted(clip)
+            case Failed(error):
+                raise error
+            case Ended(summary, error):
+                if error is not None and void:
+                    yield ClipRetracted(clip)
+                clip.video.close()
+                if error is None:
+                    yield ClipDone(clip, summary=summary)
+                else:
+                    rejection = Rejection.from_error(error, key=clip.key, shard_id=clip.shard_id)
+                    yield ClipDone(clip, rejection=rejection)
+                return
+
+
+def _installed(backends: tuple[BackendName, ...], decoders: dict[str, str | None]) -> tuple[BackendName, ...]:
+    """The wanted backends that the children have, in order; a warning for each that is missing."""
+    present: tuple[BackendName, ...] = tuple(name for name in backends if decoders[name] is not None)
+    if not present:
+        names = ", ".join(backends)
+        raise ConfigError(f"none of the decode backends {names} is installed (the extra 'encode' brings them)")
+    for name in set(backends) - set(present):
+        logger.warning("decode backend is not installed and is skipped: backend=%s", name)
+    return present

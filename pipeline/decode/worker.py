@@ -1,0 +1,213 @@
+"""A thread of the pool and the child it owns."""
+
+from __future__ import annotations
+
+import logging
+import math
+import selectors
+import socket
+import threading
+from collections import deque
+from contextlib import suppress
+
+from pipeline.decode.clips import ClipSummary, DecodedWindow
+from pipeline.decode.supervisor import POLL_SECONDS, ChildDied, DecodeChild, Limits
+from pipeline.decode.task import ClipTask, Ended, Failed, Given, Voided
+from pipeline.errors import ClipError, PipelineError, RejectionClass
+from pipeline.policies import DecodePolicy
+
+logger = logging.getLogger(__name__)
+
+_ATTEMPTS = 2
+
+
+class TaskQueue:
+    """First come, first served; shared by the pool's threads."""
+
+    def __init__(self) -> None:
+        self._tasks: deque[ClipTask] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+
+    def put(self, task: ClipTask) -> None:
+        with self._changed:
+            if not self._closed:
+                self._tasks.append(task)
+                self._changed.notify()
+                return
+        _fail(task, PipelineError("the decode pool is closed"))
+
+    def get(self) -> ClipTask | None:
+        """The oldest task; blocks. None once closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._tasks or self._closed)
+            return None if self._closed else self._tasks.popleft()
+
+    @property
+    def is_closed(self) -> bool:
+        with self._changed:
+            return self._closed
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            waiting, self._tasks = self._tasks, deque()
+            self._changed.notify_all()
+        for task in waiting:
+            _fail(task, PipelineError("the decode pool is closed"))
+
+
+class PoolWorker:
+    """Serves one task at a time with a child of its own. The child is started, used and ended in the thread."""
+
+    def __init__(self, queue: TaskQueue, policy: DecodePolicy, *, name: str) -> None:
+        self._queue = queue
+        self._policy = policy
+        self._child: DecodeChild | None = None
+        self._started = threading.Event()
+        self._decoders: dict[str, str | None] = {}
+        self._start_error: Exception | None = None
+        self._wake_reader, self._wake_writer = socket.socketpair()
+        self._wake_reader.setblocking(False)
+        self._wake_writer.setblocking(False)
+        # A daemon, so that a pool nobody closed does not keep the interpreter from ending; its child ends with it.
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def wait_started(self) -> dict[str, str | None]:
+        """Block until the first child answers: the version of each decoder it can import. PipelineError if none."""
+        self._started.wait()
+        if self._start_error is not None:
+            raise self._start_error
+        return self._decoders
+
+    @property
+    def child_pid(self) -> int | None:
+        child = self._child
+        return child.pid if child is not None and child.is_alive else None
+
+    def close(self) -> None:
+        """After the queue's close: wait for the thread to end its child and itself."""
+        self._wake()
+        if self._thread.ident is not None:
+            self._thread.join()
+        self._wake_reader.close()
+        self._wake_writer.close()
+
+    def _wake(self) -> None:
+        with suppress(OSError):  # a full pipe wakes as well, and behind a closed one nobody sleeps
+            self._wake_writer.send(b"!")
+
+    def _run(self) -> None:
+        try:
+            self._decoders = self._living_child().decoders
+        except (PipelineError, OSError) as error:
+            self._start_error = error
+        finally:
+            self._started.set()
+        while (task := self._queue.get()) is not None:
+            try:
+                if task.begin(self._wake):
+                    self._serve(task)
+            # The thread's boundary: what ends a task must reach the thread that waits for it, or it waits for ever.
+            except Exception as error:  # noqa: BLE001
+                self._end_child()
+                task.put(Failed(error))
+            finally:
+                task.release()
+        self._end_child()
+
+    def _serve(self, task: ClipTask) -> None:
+        """Put the task's items up to its end. A child that must be killed, or dies, is replaced, and the clip is
+        tried once more."""
+        for attempt in range(1, _ATTEMPTS + 1):
+            refused = self._attempt(task)
+            if refused is None:
+                return
+            logger.warning("decode child replaced: clip=%s attempt=%d why=%s", task.clip.key, attempt, refused)
+            self._end_child()
+            task.put(Voided())
+            if attempt == _ATTEMPTS:
+                message = f"{refused.message} ({_ATTEMPTS} attempts)"
+                task.put(Ended(None, ClipError(refused.error_class, refused.stage, message)))
+
+    def _attempt(self, task: ClipTask) -> ClipError | None:
+        """Why the child must be replaced, if it must. Its own words are logged, not stored: they hold addresses."""
+        try:
+            self._decode(task, self._living_child())
+        except ClipError as error:
+            return error
+        except ChildDied as died:
+            logger.warning("decode child died: clip=%s end=%s", task.clip.key, died)
+            return ClipError(RejectionClass.DECODER_CRASHED, "decode", "the decode child died")
+        return None
+
+    def _decode(self, task: ClipTask, child: DecodeChild) -> None:
+        """One attempt. ClipError for a limit, ChildDied, PipelineError when the pool is closed meanwhile."""
+        given = acknowledged = 0
+        taken_before = task.windows_taken
+        child.send_job(task.job, task.clip.video)
+        limits = Limits(child, self._policy)
+        with selectors.DefaultSelector() as selector:
+            child.register(selector)
+            selector.register(self._wake_reader, selectors.EVENT_READ, "wake")
+            while True:
+                ready = {key.data: key.fileobj for key, _ in selector.select(POLL_SECONDS)}
+                if "wake" in ready:
+                    self._wake_reader.recv(4096)
+                if "stderr" in ready and not child.drain_stderr():
+                    selector.unregister(ready["stderr"])
+                if "message" in ready:
+                    item = _item(child)
+                    limits.progressed()
+                    task.put(item)
+                    given += isinstance(item, Given)
+                    if isinstance(item, Ended):
+                        return
+                if self._queue.is_closed:
+                    raise PipelineError("the decode pool is closed")
+                if task.is_cancelled:
+                    self._end_child()
+                    return
+                for _ in range(task.windows_taken - taken_before - acknowledged):
+                    child.send_ack(task.job)
+                    acknowledged += 1
+                limits.check(waits_for_us=given - acknowledged >= task.job.windows_in_flight)
+
+    def _living_child(self) -> DecodeChild:
+        """The child, a new one if it has ended while idle. PipelineError if none can be started."""
+        if self._child is not None and not self._child.is_alive:
+            self._end_child()
+        if self._child is None:
+            self._child = DecodeChild()
+        return self._child
+
+    def _end_child(self) -> None:
+        child, self._child = self._child, None
+        if child is not None:
+            child.kill()
+
+
+def _item(child: DecodeChild) -> Given | Voided | Ended:
+    """The child's next message as a task's item. ChildDied if it makes no sense."""
+    message, blob = child.receive()
+    match message:
+        case {"type": "window", "window": dict(fields)} if blob is not None:
+            window = DecodedWindow.from_message(fields, blob)
+            if blob.size != math.prod(window.shape) * 3:
+                raise ChildDied(f"a window of shape {window.shape} came with {blob.size} bytes")
+            return Given(window)
+        case {"type": "retract"}:
+            return Voided()
+        case {"type": "done", "summary": dict(summary)}:
+            return Ended(ClipSummary(**summary))
+        case {"type": "rejected", "error_class": error_class, "stage": stage, "message": text}:
+            return Ended(None, ClipError(RejectionClass(error_class), stage, text))
+    raise ChildDied(f"it sent {message.get('type')!r}")
+
+
+def _fail(task: ClipTask, error: PipelineError) -> None:
+    task.put(Failed(error))
+    task.release()

@@ -1,0 +1,213 @@
+"""Windows to latents: tiles of many windows stacked into batches of one fixed shape per bucket.
+
+What is stacked is not windows but the VAE's temporal tiles, so batches stay full whatever the clips' lengths.
+Every batch of a tile shape has the same size; the last one is filled up with blank tiles whose results are thrown
+away. The composition of the batches is a function of the windows' order alone.
+
+Layouts: frames_BTHWC uint8 cross to the device and become video_BCTHW in [-1, 1] there; the permuted view of
+channels-last frames is already in PyTorch's channels_last_3d layout, so nothing is copied to get it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cvvae import DiagonalGaussian, Tile, VideoVAE
+from pipeline.policies import DTypeName, EncodePolicy
+
+DTYPES: dict[DTypeName, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_LIBRARIES = ("torch", "numpy", "pillow", "av", "decord", "pyarrow", "webdataset")
+
+Token = TypeVar("Token")
+Item = TypeVar("Item")
+
+
+@dataclass(slots=True)
+class _OpenWindow(Generic[Token]):
+    """A window whose tiles are not all encoded yet."""
+
+    token: Token
+    missing: int
+    moments: list[Tensor | None]
+
+
+@dataclass(slots=True)
+class _PendingTile(Generic[Token]):
+    frames_THWC: np.ndarray
+    drop: int
+    position: int
+    window: _OpenWindow[Token]
+
+
+@dataclass(slots=True)
+class EncodeClock:
+    """What an encoder did, for reports; never stored in the dataset."""
+
+    busy_seconds: float = 0.0
+    tiles: int = 0
+    filler_tiles: int = 0
+
+
+class TileEncoder:
+    """One VAE replica and the rule by which tiles are batched. Safe to use from two threads: batches take turns."""
+
+    def __init__(self, vae: VideoVAE, policy: EncodePolicy, device: torch.device) -> None:
+        self.policy = policy
+        self.device = device
+        self.spec = vae.spec
+        self.clock = EncodeClock()
+        self._memory_format = _memory_format(policy)
+        self._vae = vae.eval().requires_grad_(False).to(device=device, dtype=DTYPES[policy.dtype])
+        if self._memory_format is torch.channels_last_3d:
+            self._vae.use_channels_last()
+        self._encode_tile = torch.compile(vae.encode_tile) if policy.compile else vae.encode_tile
+        self._turn = threading.Lock()
+
+    def batch_size(self, tile_shape: tuple[int, int, int]) -> int:
+        """Tiles of (T, H, W) in one batch."""
+        return max(1, self.policy.batch_pixels // int(np.prod(tile_shape)))
+
+    def tiles(self, num_frames: int) -> tuple[Tile, ...]:
+        return self._vae.time_tiles(num_frames)
+
+    def batcher(self) -> TileBatcher[Any]:
+        """A batcher for one shard: batches never mix shards."""
+        return TileBatcher(self)
+
+    def encode(self, frames_BTHWC: np.ndarray) -> Tensor:
+        """Raw moments (B, 2C, t, h, w), float32 on the CPU, of a full batch of uint8 tiles."""
+        with self._turn, torch.inference_mode():
+            started = time.perf_counter()
+            frames = torch.from_numpy(frames_BTHWC)
+            if self.device.type == "cuda":
+                frames = frames.pin_memory().to(self.device, non_blocking=True)
+            video_BCTHW = frames.permute(0, 4, 1, 2, 3).float().div_(127.5).sub_(1.0)
+            video_BCTHW = video_BCTHW.to(dtype=DTYPES[self.policy.dtype], memory_format=self._memory_format)
+            moments = self._encode_tile(video_BCTHW).to("cpu", torch.float32)
+            self.clock.busy_seconds += time.perf_counter() - started
+        return moments
+
+    def numerics(self) -> dict[str, Any]:
+        """What decides the last bits of the numbers: recorded in every receipt, not part of the identity."""
+        if self.device.type == "cuda":
+            device = torch.cuda.get_device_name(self.device)
+            threads = None
+        else:
+            device = f"cpu {torch.backends.cpu.get_cpu_capability()}"
+            threads = torch.get_num_threads()
+        return {
+            "device": device,
+            "threads": threads,
+            "batch_pixels": self.policy.batch_pixels,
+            "memory_format": str(self._memory_format).removeprefix("torch."),
+            "compile": self.policy.compile,
+            "cudnn": torch.backends.cudnn.version() if self.device.type == "cuda" else None,
+            "libraries": _library_versions(),
+        }
+
+
+class TileBatcher(Generic[Token]):
+    """Collects tiles of one shard; gives (token, moments) as soon as a window's last tile is encoded."""
+
+    def __init__(self, encoder: TileEncoder) -> None:
+        self._encoder = encoder
+        self._pending: dict[tuple[int, int, int], list[_PendingTile[Token]]] = {}
+
+    def add(self, frames_THWC: np.ndarray, token: Token) -> Iterator[tuple[Token, DiagonalGaussian]]:
+        """Take a window's frames (uint8); yield the windows this completes, moments (1, C, t, h, w) float32."""
+        tiles = self._encoder.tiles(frames_THWC.shape[0])
+        window: _OpenWindow[Token] = _OpenWindow(token, len(tiles), [None] * len(tiles))
+        for position, tile in enumerate(tiles):
+            frames = frames_THWC[tile.start : tile.stop]
+            shape = (frames.shape[0], frames.shape[1], frames.shape[2])
+            queue = self._pending.setdefault(shape, [])
+            queue.append(_PendingTile(frames, tile.drop, position, window))
+            if len(queue) == self._encoder.batch_size(shape):
+                yield from self._encode(shape)
+
+    def flush(self) -> Iterator[tuple[Token, DiagonalGaussian]]:
+        """Encode what is left, in the order of the tile shapes."""
+        for shape in sorted(self._pending):
+            if self._pending[shape]:
+                yield from self._encode(shape)
+
+    def _encode(self, shape: tuple[int, int, int]) -> Iterator[tuple[Token, DiagonalGaussian]]:
+        pending, self._pending[shape] = self._pending[shape], []
+        size = self._encoder.batch_size(shape)
+        batch = np.zeros((size, *shape, 3), dtype=np.uint8)
+        for slot, tile in zip(batch, pending, strict=False):
+            slot[:] = tile.frames_THWC
+        self._encoder.clock.tiles += len(pending)
+        self._encoder.clock.filler_tiles += size - len(pending)
+        moments = self._encoder.encode(batch)
+        for index, tile in enumerate(pending):
+            window = tile.window
+            window.moments[tile.position] = moments[index : index + 1, :, tile.drop :]
+            window.missing -= 1
+            if window.missing == 0:
+                parts = [part for part in window.moments if part is not None]
+                yield window.token, DiagonalGaussian.from_moments(torch.cat(parts, dim=2))
+
+
+@dataclass(slots=True)
+class StageClock:
+    """Seconds per stage of a shard's work, for the report."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def measure(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
+
+    def waits(self, stage: str, items: Iterator[Item]) -> Iterator[Item]:
+        """The same items; the time until each comes counts for `stage`."""
+        while True:
+            with self.measure(stage):
+                item = next(items, None)
+            if item is None:
+                return
+            yield item
+
+
+def make_deterministic(threads: int | None) -> None:
+    """Process-wide switches under which equal batches give equal bits: no TF32, no autotuned kernels."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def _memory_format(policy: EncodePolicy) -> torch.memory_format:
+    if policy.memory_format == "contiguous":
+        return torch.contiguous_format
+    return torch.channels_last_3d
+
+
+def _library_versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions

@@ -1,0 +1,215 @@
+"""A run of the encode job: what is left to do, doing it, and the manifest at the end.
+
+Everything a user gave is checked in `plan_run`, before a cluster is used.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from cvvae import VAESpec
+from pipeline.checkpoints import VAESource, load_source
+from pipeline.dataset import DatasetFolder, require_unchanged
+from pipeline.documents import Manifest, RunFile, RunIdentity, ShardReceipt
+from pipeline.errors import ConfigError, IdentityMismatch, PoisonShard
+from pipeline.manifest import build_manifest, dataset_card
+from pipeline.policies import (
+    DecodePolicy,
+    EncodePolicy,
+    FormatName,
+    Policy,
+    PublicUrl,
+    ResizePolicy,
+    StoreOptions,
+    WindowPolicy,
+)
+from pipeline.records import VideoShard
+from pipeline.shard import ShardJob
+from pipeline.sources import SourceSpec, plan_source
+from pipeline.storage import Store
+
+
+class OutputSpec(Policy):
+    """Where the dataset goes."""
+
+    url: PublicUrl
+    """A local folder or any fsspec URL."""
+    format: FormatName = "webdataset"
+    single_driver: bool = False
+    """Promise that one driver at a time writes here; needed for stores without conditional writes."""
+    options: StoreOptions
+
+
+class EncodeSettings(Policy):
+    """All that decides what a run writes. The cluster it runs on is not part of it."""
+
+    source: SourceSpec
+    output: OutputSpec
+    vae: VAESource
+    windows: WindowPolicy = WindowPolicy()
+    resize: ResizePolicy = ResizePolicy()
+    decode: DecodePolicy = DecodePolicy()
+    encode: EncodePolicy = EncodePolicy()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunPlan:
+    """A checked run: what is there, what is left."""
+
+    settings: EncodeSettings
+    dataset: DatasetFolder
+    run_file: RunFile
+    shards: tuple[VideoShard, ...]
+    todo: tuple[VideoShard, ...]
+    receipts: dict[str, ShardReceipt]
+    """Of the shards committed before this run."""
+
+    def job(self) -> ShardJob:
+        settings = self.settings
+        return ShardJob(
+            source=settings.source,
+            windows=settings.windows,
+            resize=settings.resize,
+            decode=settings.decode,
+            identity=self.run_file.identity,
+            format=settings.output.format,
+            store=self.dataset.store,
+        )
+
+
+def plan_run(settings: EncodeSettings, config: dict[str, Any]) -> RunPlan:
+    """Check everything, claim the output directory, and find the shards that have no receipt.
+
+    `config` is the resolved config, kept in run.json for people. Raises ConfigError, SourceError, StorageError,
+    IdentityMismatch, SourceChanged; ValueErrors of cvvae for a bad checkpoint.
+    """
+    vae = load_source(settings.vae)
+    check_geometry(vae.spec, settings)
+    source = plan_source(settings.source)
+    assert vae.weights_sha256 is not None, "loaded and seeded weights are named"
+    identity = RunIdentity(
+        weights_sha256=vae.weights_sha256,
+        vae=vae.spec.to_dict(),
+        windows=settings.windows,
+        resize=settings.resize,
+        decode_backends=settings.decode.backends,
+        compute_dtype=settings.encode.dtype,
+        storage_dtype=settings.encode.storage_dtype,
+        logvar=settings.encode.logvar,
+    )
+    output = settings.output
+    dataset = DatasetFolder(Store(output.url, options=output.options, single_driver=output.single_driver))
+    run_file = dataset.claim(
+        RunFile(
+            fingerprint=identity.fingerprint,
+            identity=identity,
+            format=output.format,
+            source={**settings.source.model_dump(mode="json"), "table_sha256": source.table_sha256},
+            config=config,
+        )
+    )
+    receipts = {receipt.shard_id: receipt for receipt in dataset.receipts(dataset.receipt_ids())}
+    _check_receipts(receipts, source.shards, run_file)
+    return RunPlan(
+        settings=settings,
+        dataset=dataset,
+        run_file=run_file,
+        shards=source.shards,
+        todo=tuple(shard for shard in source.shards if shard.id not in receipts),
+        receipts=receipts,
+    )
+
+
+def check_geometry(spec: VAESpec, settings: EncodeSettings) -> None:
+    """ConfigError unless the VAE can encode every window and bucket that the settings ask for."""
+    frames = settings.windows.frames
+    try:
+        spec.latent_shape(frames, spec.space_stride, spec.space_stride)
+    except ValueError as error:
+        raise ConfigError(f"windows.frames: {error}") from error
+    for height, width in settings.resize.buckets:
+        try:
+            spec.latent_shape(frames, height, width)
+        except ValueError as error:
+            raise ConfigError(f"resize.buckets: [{height}, {width}]: {error}") from error
+
+
+def _check_receipts(receipts: dict[str, ShardReceipt], shards: tuple[VideoShard, ...], run_file: RunFile) -> None:
+    for receipt in receipts.values():
+        if receipt.fingerprint != run_file.fingerprint:
+            raise IdentityMismatch(
+                f"receipt of shard {receipt.shard_id} has fingerprint {receipt.fingerprint}, "
+                f"run.json has {run_file.fingerprint}"
+            )
+    for shard in shards:
+        if shard.id in receipts:
+            require_unchanged(shard, receipts[shard.id])
+
+
+@dataclass(slots=True)
+class RunLog:
+    """Times and rates of one run: goes to runs/ID.json, never into the dataset's own documents."""
+
+    run_id: str = field(
+        default_factory=lambda: f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{uuid.uuid4().hex[:6]}"
+    )
+    started: float = field(default_factory=time.time)
+    shard_seconds: dict[str, dict[str, float]] = field(default_factory=dict)
+    finished_at: dict[str, float] = field(default_factory=dict)
+    set_aside: list[str] = field(default_factory=list)
+
+    def note(self, shard_id: str, seconds: dict[str, float]) -> None:
+        self.shard_seconds[shard_id] = {name: round(value, 3) for name, value in seconds.items()}
+        self.finished_at[shard_id] = round(time.time() - self.started, 3)
+
+    def report(self, cluster: dict[str, Any], outcome: str) -> dict[str, Any]:
+        return {
+            "run_id": self.run_id,
+            "started_unix": round(self.started, 3),
+            "wall_seconds": round(time.time() - self.started, 3),
+            "outcome": outcome,
+            "driver_host": platform.node(),
+            "cluster": cluster,
+            "shard_seconds": self.shard_seconds,
+            "committed_after_seconds": self.finished_at,
+            "set_aside": self.set_aside,
+        }
+
+
+def commit_all(
+    plan: RunPlan, outcomes: Iterator[Any], log: RunLog, *, set_aside_poison: bool
+) -> Iterator[ShardReceipt]:
+    """Write the receipt of each stored shard as it comes back; yield the receipt that stands.
+
+    Raises PoisonShard for a shard that ended its actor too often, unless such shards are to be set aside.
+    """
+    for outcome in outcomes:
+        attempts = getattr(outcome, "attempts", None)
+        if attempts is not None:
+            if not set_aside_poison:
+                raise PoisonShard(
+                    outcome.shard_id,
+                    f"ended its encode actor {attempts} times. Look at its clips, raise the actor's memory, or set "
+                    "cluster.on_poison_shard: set_aside to go on without it.",
+                )
+            log.set_aside.append(outcome.shard_id)
+            continue
+        receipt = plan.dataset.commit(outcome.receipt)
+        plan.receipts[receipt.shard_id] = receipt
+        log.note(outcome.shard_id, outcome.seconds)
+        yield receipt
+
+
+def finish_run(plan: RunPlan, log: RunLog) -> Manifest:
+    """Write card and manifest from the receipts. Call it once every shard has one or was set aside."""
+    manifest = build_manifest(
+        plan.run_file, (plan.receipts[name] for name in sorted(plan.receipts)), sorted(log.set_aside)
+    )
+    plan.dataset.finish(manifest, dataset_card(manifest))
+    plan.dataset.store.remove_staging()
+    return manifest

@@ -1,0 +1,306 @@
+"""One shard from its first byte to its upload: what an encode actor does with a row.
+
+    read      one sequential pass over the source, a few clips ahead         a thread
+    decode    windows of the clips, in clip order                            child processes
+    encode    tiles of many windows in batches of one shape                  the VAE
+    write     latents spooled locally, put in order, one deterministic file
+    store     created only if absent; the first whole object wins
+
+Plain Python: no Ray in here, so that everything but the scheduling is tested without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cvvae import DiagonalGaussian
+from pipeline.dataset import describe_file, describe_stored, index_name, shard_name
+from pipeline.decode import ClipDone, ClipRetracted, DecodePool, WindowReady
+from pipeline.documents import RejectionRecord, RunIdentity, ShardReceipt, SourceRecord, StoredObject
+from pipeline.encoder import DTYPES, StageClock, TileBatcher, TileEncoder
+from pipeline.errors import ClipError, RejectionClass, ShardError
+from pipeline.formats import FORMATS, ShardHeader, write_index
+from pipeline.ledger import ClipAttempt, ShardLedger
+from pipeline.policies import DecodePolicy, FormatName, ResizePolicy, WindowPolicy
+from pipeline.prefetch import prefetched
+from pipeline.records import Clip, Latent, LatentRow, Rejection, VideoShard, Window
+from pipeline.scratch import Scratch
+from pipeline.sources import SourceDigest, SourceSpec, read_shard
+from pipeline.spool import LatentSpool
+from pipeline.stats import ChannelStatistics
+from pipeline.storage import Store, redact
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardJob:
+    """What all shards of a run have in common."""
+
+    source: SourceSpec
+    windows: WindowPolicy
+    resize: ResizePolicy
+    decode: DecodePolicy
+    identity: RunIdentity
+    format: FormatName
+    store: Store
+
+
+@dataclass(frozen=True, slots=True)
+class ShardOutcome:
+    """A stored shard, not yet committed: the driver writes the receipt."""
+
+    receipt: ShardReceipt
+    seconds: dict[str, float]
+    """Per stage; stages of one shard overlap those of another."""
+
+
+class ShardEncoder:
+    """Encodes shards with one VAE replica and one pool of decode children. `run` may be called by two threads."""
+
+    def __init__(self, job: ShardJob, encoder: TileEncoder, pool: DecodePool, scratch: Scratch) -> None:
+        self.job = job
+        self._encoder = encoder
+        self._pool = pool
+        self._scratch = scratch
+        self._format = FORMATS[job.format]
+        self._storage_dtype = DTYPES[job.identity.storage_dtype]
+
+    def run(self, shard: VideoShard) -> ShardOutcome:
+        """Encode and store one shard. ShardError if what is stored under its name cannot be ours."""
+        clock = StageClock()
+        ledger = ShardLedger(shard.id)
+        with self._scratch.folder(shard.id) as folder:
+            with LatentSpool(folder / "spool") as spool:
+                digest = self._encode_clips(shard, spool, ledger, clock)
+                with clock.measure("write"):
+                    written = self._write(shard, spool, ledger, folder)
+            with clock.measure("store"):
+                stored = self._store(shard, written, folder)
+        receipt = self._receipt(shard, digest, ledger, stored)
+        receipt.counts.check(f"shard {shard.id}")
+        return ShardOutcome(receipt, clock.seconds)
+
+    def _encode_clips(
+        self, shard: VideoShard, spool: LatentSpool, ledger: ShardLedger, clock: StageClock
+    ) -> SourceDigest:
+        digest = SourceDigest()
+        batcher: TileBatcher[_Ticket] = self._encoder.batcher()
+        samples = read_shard(shard, self.job.source, max_clip_bytes=self.job.decode.max_clip_bytes, digest=digest)
+        with prefetched(samples, depth=2) as ahead:
+            events = self._pool.decode(
+                _clips_only(ahead, ledger), self.job.windows, self.job.resize, self._encoder.spec.time_stride
+            )
+            for event in clock.waits("wait for decode", events):
+                match event:
+                    case WindowReady(window, clip):
+                        ticket = _Ticket(self._row(window, clip), ledger.attempt(clip.key))
+                        with clock.measure("encode"):
+                            for done, posterior in batcher.add(window.frames_THWC, ticket):
+                                self._keep(done, posterior, spool, ledger)
+                    case ClipRetracted(clip):
+                        ledger.retract(clip.key)
+                    case ClipDone():
+                        ledger.finish(event)
+            with clock.measure("encode"):
+                for done, posterior in batcher.flush():
+                    self._keep(done, posterior, spool, ledger)
+        return digest
+
+    def _keep(self, ticket: _Ticket, posterior: DiagonalGaussian, spool: LatentSpool, ledger: ShardLedger) -> None:
+        """Spool a window's latent, or reject it if it is not finite in the storage dtype."""
+        if not ticket.attempt.valid:
+            return
+        mean = posterior.mean[0].to(self._storage_dtype)
+        logvar = posterior.logvar[0].to(self._storage_dtype) if self.job.identity.logvar else None
+        try:
+            _require_finite(mean, "mean")
+            if logvar is not None:
+                _require_finite(logvar, "logvar")
+        except ClipError as error:
+            row = ticket.row
+            ledger.reject_window(
+                Rejection.from_error(error, key=row.key, shard_id=row.shard_id, scope="window"), ticket.attempt
+            )
+            return
+        spool.append(Latent(row=ticket.row, mean_CTHW=mean, logvar_CTHW=logvar))
+        ledger.store_window(ticket.row, ticket.attempt)
+
+    def _row(self, window: Window, clip: Clip) -> LatentRow:
+        time, height, width = window.shape
+        step = 1.0 / window.fps if window.fps else 0.0
+        return LatentRow(
+            key=window.key,
+            clip_key=clip.key,
+            window_index=window.index,
+            shard_id=clip.shard_id,
+            num_frames=time,
+            height=height,
+            width=width,
+            latent_shape=self._encoder.spec.latent_shape(time, height, width),
+            latent_dtype=self.job.identity.storage_dtype,
+            has_logvar=self.job.identity.logvar,
+            caption=clip.caption,
+            file_name=clip.file_name,
+            fps=window.fps,
+            duration_sec=window.frame_times[-1] - window.frame_times[0] + step,
+            frame_indices=window.frame_indices,
+            frame_times=window.frame_times,
+            padded_frames=window.padded_frames,
+            trimmed_frames=window.trimmed_frames,
+            crop=window.crop,
+            source=window.source,
+            pair_sha256=clip.pair_sha256,
+            video_sha256=clip.video_sha256,
+            metadata=clip.metadata,
+        )
+
+    def _header(self, shard: VideoShard) -> ShardHeader:
+        return ShardHeader(
+            shard_id=shard.id,
+            fingerprint=self.job.identity.fingerprint,
+            numerics=self._encoder.numerics(),
+            vae=self.job.identity.vae,
+        )
+
+    def _write(self, shard: VideoShard, spool: LatentSpool, ledger: ShardLedger, folder: Path) -> _WrittenShard:
+        latents = spool.ordered(lambda row: ledger.is_stored(row))
+        return self._write_files(shard, latents, self._header(shard), folder)
+
+    def _write_files(
+        self, shard: VideoShard, latents: Iterator[Latent], header: ShardHeader, folder: Path
+    ) -> _WrittenShard:
+        """Payload and index files, and what the receipt says of them."""
+        payload_path, index_path = folder / f"{shard.id}{self._format.suffix}", folder / "index.parquet"
+        rows: list[LatentRow] = []
+        statistics = ChannelStatistics()
+
+        def observed() -> Iterator[Latent]:
+            nonlocal statistics
+            for latent in latents:
+                rows.append(latent.row)
+                statistics = statistics.merge(ChannelStatistics.of(latent.mean_CTHW))
+                yield latent
+
+        places = self._format.write(payload_path, observed(), header)
+        payload = describe_file(shard_name(shard.id, self._format.suffix), payload_path)
+        write_index(index_path, rows, places, header=header, shard_sha256=payload.sha256, shard_size=payload.size)
+        return _WrittenShard(
+            payload_path=payload_path,
+            index_path=index_path,
+            payload=payload,
+            index=describe_file(index_name(shard.id), index_path),
+            numerics=header.numerics,
+            statistics=statistics,
+            rows=rows,
+        )
+
+    def _store(self, shard: VideoShard, written: _WrittenShard, folder: Path) -> _WrittenShard:
+        """Create both objects; where the payload was there already, the receipt describes that one."""
+        store = self.job.store
+        if not store.create(written.payload.path, written.payload_path):
+            standing = describe_stored(store, written.payload.path)
+            if standing != written.payload:
+                written = self._adopt(shard, written, standing, folder)
+        if not store.create(written.index.path, written.index_path):
+            standing = describe_stored(store, written.index.path)
+            if standing != written.index:
+                raise ShardError(
+                    shard.id,
+                    f"{store.full_url(written.index.path)} is not the index of the payload beside it "
+                    f"(expected sha256 {written.index.sha256}, got {standing.sha256}); "
+                    "delete both to encode it again",
+                )
+        return written
+
+    def _adopt(
+        self, shard: VideoShard, written: _WrittenShard, standing: StoredObject, folder: Path
+    ) -> _WrittenShard:
+        """Describe a whole object that another attempt with other numerics stored first.
+
+        It must hold the same windows under the same identity; writing its latents again must give its bytes.
+        """
+        adopted = folder / "adopted"
+        adopted.mkdir()
+        with self.job.store.open_seekable(standing.path) as file:
+            header = self._format.read_header(file)
+            file.seek(0)
+            again = self._write_files(shard, self._format.read(file), header, adopted)
+        same_rows = [row.key for row in again.rows] == [row.key for row in written.rows]
+        if header.fingerprint != self.job.identity.fingerprint or not same_rows or again.payload != standing:
+            raise ShardError(
+                shard.id,
+                f"{self.job.store.full_url(standing.path)} was stored by another attempt and holds something else "
+                f"(expected {len(written.rows)} windows of identity {self.job.identity.fingerprint[:12]}, got "
+                f"{len(again.rows)} of {header.fingerprint[:12]}); delete it to encode the shard again",
+            )
+        return again
+
+    def _receipt(
+        self, shard: VideoShard, digest: SourceDigest, ledger: ShardLedger, stored: _WrittenShard
+    ) -> ShardReceipt:
+        return ShardReceipt(
+            shard_id=shard.id,
+            fingerprint=self.job.identity.fingerprint,
+            source=SourceRecord(
+                url=redact(shard.url),
+                kind=shard.kind,
+                size=shard.size,
+                etag=shard.etag,
+                sha256=digest.sha256,
+                rows=shard.rows,
+                byte_span=shard.byte_span,
+            ),
+            payload=stored.payload,
+            index=stored.index,
+            numerics=stored.numerics,
+            counts=ledger.counts(),
+            buckets=ledger.buckets(),
+            decoders=ledger.decoders(),
+            statistics=stored.statistics,
+            rejections=tuple(
+                RejectionRecord(**{k: v for k, v in asdict(rejection).items() if k != "shard_id"})
+                for rejection in ledger.rejections()
+            ),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Ticket:
+    """What a window is, while its tiles are being encoded."""
+
+    row: LatentRow
+    attempt: ClipAttempt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _WrittenShard:
+    payload_path: Path
+    index_path: Path
+    payload: StoredObject
+    index: StoredObject
+    numerics: dict[str, Any]
+    statistics: ChannelStatistics
+    rows: list[LatentRow]
+
+
+def _clips_only(samples: Iterator[Clip | Rejection], ledger: ShardLedger) -> Iterator[Clip]:
+    """Samples refused while reading go to the ledger, the others to the decoders."""
+    for sample in samples:
+        if isinstance(sample, Clip):
+            yield sample
+        else:
+            ledger.reject_sample(sample)
+
+
+def _require_finite(latent_CTHW: torch.Tensor, name: str) -> None:
+    bad = int((~torch.isfinite(latent_CTHW)).sum())
+    if bad:
+        raise ClipError(
+            RejectionClass.NON_FINITE,
+            "encode",
+            f"{bad} of {latent_CTHW.numel()} values of the {name} are NaN or Inf as {latent_CTHW.dtype}",
+        )

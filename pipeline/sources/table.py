@@ -1,0 +1,293 @@
+"""A table with a row per clip: CSV or Parquet, whose files are already in storage.
+
+The table is cut into `rows_per_shard` in file order. A CSV is scanned once, at planning, for the byte position of
+every shard's first row, so that an actor reads only its own span; a Parquet file is read by row groups.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import re
+import string
+from collections import deque
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import Any, BinaryIO
+from urllib.parse import urlsplit
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.decode.blob import Blob
+from pipeline.errors import ClipError, ConfigError, RejectionClass, SourceChanged, SourceError
+from pipeline.records import Clip, Rejection, VideoShard
+from pipeline.sources.digest import SourceDigest
+from pipeline.sources.keys import printable, require_safe_key
+from pipeline.sources.metadata import plain_json
+from pipeline.sources.spec import TableSource
+from pipeline.storage import object_info, open_seekable_url, open_stream
+
+_CHUNK = 1 << 20
+_LONGEST_LINE = 16 << 20
+
+
+def plan_table(spec: TableSource) -> tuple[tuple[VideoShard, ...], str]:
+    """The shards of a table and its sha256. SourceError if it is missing or empty, ConfigError for its columns."""
+    try:
+        info = object_info(spec.url, spec.options)
+    except FileNotFoundError as error:
+        raise SourceError(f"source.url: {spec.url} does not exist") from error
+    is_parquet = spec.url.endswith(".parquet")
+    with open_seekable_url(spec.url, spec.options) as file:
+        columns, spans = _parquet_spans(file, spec) if is_parquet else _csv_spans(file, spec)
+    _check_columns(columns, spec)
+    if not spans:
+        raise SourceError(f"source.url: {spec.url} has no rows")
+    stem = PurePosixPath(urlsplit(spec.url).path).stem
+    shards = tuple(
+        VideoShard(
+            id=f"{stem}-{number:05d}",
+            kind="table",
+            url=spec.url,
+            size=info.size,
+            etag=info.etag,
+            rows=rows,
+            byte_span=byte_span,
+        )
+        for number, (rows, byte_span) in enumerate(spans)
+    )
+    return shards, _sha256(spec)
+
+
+def _sha256(spec: TableSource) -> str:
+    digest = hashlib.sha256()
+    with open_stream(spec.url, spec.options) as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+_Span = tuple[tuple[int, int], tuple[int, int] | None]
+
+
+def _parquet_spans(file: BinaryIO, spec: TableSource) -> tuple[list[str], list[_Span]]:
+    try:
+        parquet = pq.ParquetFile(file)
+    except (pa.ArrowException, OSError) as error:
+        raise SourceError(f"source.url: {spec.url} is not a Parquet file: {error}") from error
+    total, step = parquet.metadata.num_rows, spec.rows_per_shard
+    spans: list[_Span] = [((start, min(start + step, total)), None) for start in range(0, total, step)]
+    return list(parquet.schema_arrow.names), spans
+
+
+def _csv_spans(file: BinaryIO, spec: TableSource) -> tuple[list[str], list[_Span]]:
+    """Byte spans of every `rows_per_shard` rows."""
+    lines = _CsvLines(file)
+    rows = csv.reader(lines)
+    spans: list[_Span] = []
+    row, first_row, last_lines, quotes = 0, 0, 1, 0
+    try:
+        columns = next(rows, [])
+        start = lines.end_row()
+        for values in rows:
+            last_lines, quotes = lines.lines, lines.quotes
+            end = lines.end_row()
+            row += bool(values)  # a blank line is no row
+            if row - first_row == spec.rows_per_shard:
+                spans.append(((first_row, row), (start, end)))
+                first_row, start = row, end
+    except csv.Error as error:
+        raise SourceError(f"source.url: {spec.url}: row {row}: {error}: is a quote missing?") from error
+    if last_lines > 1 and quotes % 2:
+        raise SourceError(f"source.url: {spec.url}: row {row - 1} runs to the end of the table: is a quote missing?")
+    if row > first_row:
+        spans.append(((first_row, row), (start, lines.position)))
+    return columns, spans
+
+
+class _CsvLines:
+    """The lines of a CSV, one at a time as csv.reader asks for them, so that it is known where each row ends."""
+
+    def __init__(self, file: BinaryIO, *, from_start: bool = True) -> None:
+        self._file = file
+        self._encoding = "utf-8-sig" if from_start else "utf-8"
+        self._ahead: deque[bytes] = deque()
+        self.position = 0
+        """Bytes taken."""
+        self.lines = 0
+        """Lines of the row at hand."""
+        self.quotes = 0
+        """Quotes in it."""
+
+    def __iter__(self) -> _CsvLines:
+        return self
+
+    def __next__(self) -> str:
+        if not self._ahead:
+            line = self._file.readline(_LONGEST_LINE)
+            if not line:
+                raise StopIteration
+            if len(line) == _LONGEST_LINE:
+                raise SourceError(f"a line of the table is longer than {_LONGEST_LINE} bytes: is it a CSV?")
+            # a carriage return alone ends a row, too (Python's csv module reads files that way)
+            self._ahead.extend(part for part in re.split(rb"(?<=\r)(?!\n)", line) if part)
+        part = self._ahead.popleft()
+        text = part.decode(self._encoding, "surrogateescape")
+        self._encoding = "utf-8"
+        self.position += len(part)
+        self.lines += 1
+        self.quotes += part.count(b'"')
+        return text
+
+    def end_row(self) -> int:
+        """Begin to count another row; where the one at hand ended."""
+        self.lines = self.quotes = 0
+        return self.position
+
+
+def _check_columns(columns: list[str], spec: TableSource) -> None:
+    """ConfigError unless templates and caption_column name columns of the table."""
+    if len(set(columns)) != len(columns):
+        raise ConfigError(f"source.url: {spec.url} has two columns of one name: {columns}")
+    for setting, template in (("uri", spec.uri), ("key", spec.key)):
+        if template is None:
+            continue
+        try:
+            fields = list(string.Formatter().parse(template))
+        except ValueError as error:
+            raise ConfigError(f"source.{setting}: template {template!r}: {error}") from error
+        for _, column, format_spec, conversion in fields:
+            if column is not None and (column not in columns or format_spec or conversion):
+                raise ConfigError(
+                    f"source.{setting}: template {template!r} does not fit the table: expected plain fields such as "
+                    f"{{{columns[0] if columns else 'column'}}}, got {column!r}; columns: {columns}"
+                )
+    if spec.caption_column is not None and spec.caption_column not in columns:
+        raise ConfigError(f"source.caption_column: expected one of {columns}, got {spec.caption_column!r}")
+
+
+def _fill(template: str, row: dict[str, Any], error_class: RejectionClass) -> str:
+    """The template with a row's values. ClipError if one of them is missing: half a path is another path."""
+    for _, column, _, _ in string.Formatter().parse(template):
+        if column is not None and row[column] in (None, ""):
+            raise ClipError(error_class, "read", f"column {column!r} is empty; it is needed for {template!r}")
+    return template.format_map(row)
+
+
+def read_table_shard(
+    shard: VideoShard, spec: TableSource, *, max_clip_bytes: int, digest: SourceDigest
+) -> Iterator[Clip | Rejection]:
+    """Every row of a shard's span, as the clip its file holds. The consumer closes each Clip's Blob."""
+    assert shard.rows is not None, "a table shard has a row span"
+    _require_planned_table(shard, spec)
+    seen: set[str] = set()
+    rows = _parquet_rows(shard, spec) if shard.byte_span is None else _csv_rows(shard, spec)
+    for number, row in enumerate(rows, start=shard.rows[0]):
+        key = f"{number:010d}"
+        try:
+            if isinstance(row, ClipError):
+                raise row
+            key = _fill(spec.key, row, RejectionClass.BAD_METADATA) if spec.key else key
+            yield _to_clip(key, row, shard, spec, seen, max_clip_bytes)
+        except ClipError as error:
+            yield Rejection.from_error(error, key=printable(key), shard_id=shard.id)
+
+
+def _require_planned_table(shard: VideoShard, spec: TableSource) -> None:
+    """SourceChanged if the table is another one than when its rows were cut into shards."""
+    info = object_info(spec.url, spec.options)
+    if (info.size, info.etag) != (shard.size, shard.etag):
+        raise SourceChanged(
+            f"{spec.url}: it had {shard.size} bytes (ETag {shard.etag}) when the run was planned, "
+            f"now {info.size} (ETag {info.etag})"
+        )
+
+
+def _csv_rows(shard: VideoShard, spec: TableSource) -> Iterator[dict[str, Any] | ClipError]:
+    assert shard.byte_span is not None
+    start, stop = shard.byte_span
+    with open_seekable_url(spec.url, spec.options) as file:
+        columns = next(csv.reader(_CsvLines(file)))
+        file.seek(start)
+        span = _CsvLines(io.BytesIO(file.read(stop - start)), from_start=False)
+    for values in csv.reader(span):
+        if len(values) == len(columns):
+            yield dict(zip(columns, values, strict=True))
+        elif values:
+            # its values may stand under the wrong columns: not a pairing to trust
+            message = f"the row has {len(values)} values, the table has {len(columns)} columns"
+            yield ClipError(RejectionClass.BAD_METADATA, "read", message)
+
+
+def _parquet_rows(shard: VideoShard, spec: TableSource) -> Iterator[dict[str, Any]]:
+    assert shard.rows is not None
+    start, stop = shard.rows
+    with open_seekable_url(spec.url, spec.options) as file:
+        parquet = pq.ParquetFile(file)
+        group_start = 0
+        for group in range(parquet.num_row_groups):
+            group_rows = parquet.metadata.row_group(group).num_rows
+            low, high = max(start, group_start), min(stop, group_start + group_rows)
+            if low < high:
+                table = parquet.read_row_group(group).slice(low - group_start, high - low)
+                yield from table.to_pylist()
+            group_start += group_rows
+
+
+def _to_clip(
+    key: str, row: dict[str, Any], shard: VideoShard, spec: TableSource, seen: set[str], max_clip_bytes: int
+) -> Clip:
+    require_safe_key(key)
+    if key in seen:
+        raise ClipError(RejectionClass.DUPLICATE_KEY, "read", f"{key!r} was seen before in this shard")
+    seen.add(key)
+    caption = row.get(spec.caption_column) if spec.caption_column else None
+    metadata = _json_types(row)
+    uri = _fill(spec.uri, row, RejectionClass.NO_VIDEO)
+    blob, sha256 = _fetch(_resolve(uri, spec), spec, max_clip_bytes)
+    return Clip(
+        key=key,
+        shard_id=shard.id,
+        video=blob,
+        video_sha256=sha256,
+        file_name=uri,
+        caption="" if caption is None else str(caption),
+        metadata=metadata,
+    )
+
+
+def _json_types(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with dates, decimals and bytes as text; ClipError(BAD_METADATA) if text is not UTF-8."""
+    try:
+        return plain_json(json.dumps(row, default=str, ensure_ascii=False))
+    except (ValueError, RecursionError) as error:
+        raise ClipError(RejectionClass.BAD_METADATA, "read", f"row: {error}") from error
+
+
+def _resolve(uri: str, spec: TableSource) -> str:
+    if "://" in uri or uri.startswith("/"):
+        return uri
+    root = spec.root if spec.root is not None else spec.url.rpartition("/")[0]
+    return f"{root.rstrip('/')}/{uri}" if root else uri
+
+
+def _fetch(url: str, spec: TableSource, max_clip_bytes: int) -> tuple[Blob, str]:
+    digest = hashlib.sha256()
+    blob = Blob.create()
+    try:
+        with open_stream(url, spec.options) as stream:
+            while chunk := stream.read(_CHUNK):
+                digest.update(chunk)
+                blob.write(chunk)
+                if blob.size > max_clip_bytes:
+                    raise ClipError(RejectionClass.TOO_LARGE, "read", f"{url}: over {max_clip_bytes} bytes")
+    except (FileNotFoundError, ValueError) as error:  # ValueError: no path or URL at all, such as one with a NUL
+        blob.close()
+        raise ClipError(RejectionClass.MISSING_FILE, "read", f"{url!r}: no such file") from error
+    except BaseException:
+        blob.close()
+        raise
+    return blob, digest.hexdigest()

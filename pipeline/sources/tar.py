@@ -1,0 +1,278 @@
+"""WebDataset tars: planned from a listing, read with one sequential pass.
+
+Members are streamed; only one clip's bytes are in hand at a time, in a Blob. A tar that ends or breaks in the
+middle gives its whole samples and then a Rejection of scope "shard"; if its video2dataset sidecar (a Parquet file
+of the same stem, one row per sample) is there, each sample it names that never came is rejected by its key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tarfile
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+
+import braceexpand
+
+from pipeline.decode.blob import Blob
+from pipeline.errors import ClipError, ConfigError, RejectionClass, SourceChanged, SourceError
+from pipeline.records import Clip, Rejection, VideoShard
+from pipeline.sources.digest import SourceDigest
+from pipeline.sources.forward import ForwardReader
+from pipeline.sources.keys import printable, require_safe_key
+from pipeline.sources.metadata import plain_json
+from pipeline.sources.sidecar import sidecar_keys
+from pipeline.sources.spec import WebDatasetSource
+from pipeline.storage import ObjectInfo, glob_objects, list_folder, object_info, open_stream
+
+MAX_TEXT_BYTES = 16 << 20
+LOOKUPS_AT_ONCE = 32
+_CHUNK = 1 << 20
+_BROKEN_TAR = (tarfile.TarError, EOFError, ValueError, ArithmeticError, LookupError, RecursionError)
+"""What tarfile raises for damaged headers; OSError and our StorageError are faults of the store and pass."""
+
+
+@dataclass(slots=True)
+class _Sample:
+    """The members of one key, as they come."""
+
+    key: str
+    texts: dict[str, bytes] = field(default_factory=dict)
+    video: Blob | None = None
+    video_name: str = ""
+    video_sha256: str = ""
+    extensions: set[str] = field(default_factory=set)
+    error: ClipError | None = None
+    """Set when the sample is refused already; the rest of its members are skipped."""
+
+    def close(self) -> None:
+        if self.video is not None:
+            self.video.close()
+
+
+def plan_tars(spec: WebDatasetSource) -> tuple[VideoShard, ...]:
+    """One VideoShard per tar, sorted by id. SourceError if a pattern matches nothing or two tars share a stem."""
+    patterns = [spec.urls] if isinstance(spec.urls, str) else list(spec.urls)
+    found: dict[str, ObjectInfo] = {}
+    for pattern in patterns:
+        for info in _expand(pattern, spec.options):
+            found[info.url] = info
+    by_id: dict[str, ObjectInfo] = {}
+    for info in found.values():
+        shard_id = PurePosixPath(info.url).stem
+        if shard_id in by_id:
+            raise SourceError(
+                f"two source shards have the id {shard_id!r} (their file stem): "
+                f"{by_id[shard_id].url} and {info.url}; output shards take their input's id, so stems must differ"
+            )
+        by_id[shard_id] = info
+    return tuple(
+        VideoShard(id=shard_id, kind="webdataset", url=info.url, size=info.size, etag=info.etag)
+        for shard_id, info in sorted(by_id.items())
+    )
+
+
+def _expand(pattern: str, options: dict[str, Any]) -> list[ObjectInfo]:
+    try:
+        urls = list(braceexpand.braceexpand(pattern))
+    except ValueError as error:  # UnbalancedBracesError
+        raise ConfigError(f"source.urls: {pattern!r}: {error}") from error
+    with ThreadPoolExecutor(LOOKUPS_AT_ONCE, thread_name_prefix="plan") as pool:
+        found = [info for infos in pool.map(lambda url: _expand_one(url, options), urls) for info in infos]
+    tars = [info for info in found if info.url.endswith(".tar")]
+    if not tars:
+        raise SourceError(f"source.urls: no .tar found for {pattern!r} ({len(found)} other objects there)")
+    return tars
+
+
+def _expand_one(url: str, options: dict[str, Any]) -> list[ObjectInfo]:
+    try:
+        if any(character in url for character in "*?["):
+            return glob_objects(url, options)
+        if url.endswith(".tar"):
+            return [object_info(url, options)]
+        return list_folder(url, options)
+    except FileNotFoundError as error:
+        raise SourceError(f"source.urls: {url} does not exist") from error
+
+
+def read_tar_shard(
+    shard: VideoShard, spec: WebDatasetSource, *, max_clip_bytes: int, digest: SourceDigest
+) -> Iterator[Clip | Rejection]:
+    """Every sample of a tar in member order. The consumer closes each Clip's Blob."""
+    seen: set[str] = set()
+    with open_stream(shard.url, spec.options, shard.etag) as stream:
+        reader = ForwardReader(stream)
+        last, broken = yield from _read_members(shard, spec, reader, seen, max_clip_bytes)
+        end = reader.tell()
+        left, only_zeros = reader.drain()
+        digest.sha256 = reader.sha256
+    if shard.size not in (None, reader.tell()):
+        raise SourceChanged(f"{shard.url}: it had {shard.size} bytes when the run was planned, now {reader.tell()}")
+    if broken is None and not only_zeros:
+        broken = f"the header at byte {end} is damaged: the last {left} bytes cannot be read"
+    elif broken is None and left == 0:
+        broken = f"no end-of-archive marker at byte {end}: the file was cut, or its writer was killed"
+    if last is not None:
+        if broken is not None and last.error is None:
+            # a member of it may be among what was lost: its caption, or its video
+            last.error = ClipError(RejectionClass.TRUNCATED_SHARD, "read", broken)
+        yield _finish(last, shard, spec, seen)
+    if broken is not None:
+        yield _shard_rejection(shard, broken)
+        yield from _samples_that_never_came(shard, spec, seen)
+
+
+def _read_members(
+    shard: VideoShard, spec: WebDatasetSource, reader: ForwardReader, seen: set[str], max_clip_bytes: int
+) -> Generator[Clip | Rejection, None, tuple[_Sample | None, str | None]]:
+    """Yield samples but the last; return that one, and what broke the tar or None.
+
+    Leaves the reader where tarfile stopped: whether the tar ended well is seen from what follows.
+    """
+    sample: _Sample | None = None
+    broken: str | None = None
+    try:
+        tar = tarfile.open(fileobj=reader, mode="r:", encoding="utf-8")  # noqa: SIM115 - we own the stream
+        while (member := tar.next()) is not None:
+            tar.members.clear()  # type: ignore[attr-defined] - tarfile would keep every header it has seen
+            if member.size < 0 or tar.offset < member.offset_data:
+                raise tarfile.ReadError(f"{member.name!r} has size {member.size}")  # tarfile would go back for ever
+            name = _split_name(member)
+            if name is None:
+                continue
+            key, extension = name
+            if sample is None or sample.key != key or extension in sample.extensions:
+                if sample is not None:
+                    finished, sample = sample, None
+                    yield _finish(finished, shard, spec, seen)
+                sample = _Sample(key)
+            _take_member(sample, extension, member, tar, spec, max_clip_bytes)
+        reader.seek(tar.offset)
+    except _BROKEN_TAR as error:
+        broken = f"broke at byte {reader.tell()}: {error}"
+    return sample, broken
+
+
+def _split_name(member: tarfile.TarInfo) -> tuple[str, str] | None:
+    """(key, extension) by WebDataset's rule, the base name cut at its first dot; None for what is no sample."""
+    folder, _, base = member.name.removeprefix("./").rpartition("/")
+    stem, dot, extension = base.partition(".")
+    if not member.isreg() or not stem or not dot:
+        return None
+    return (f"{folder}/{stem}" if folder else stem), extension.lower()
+
+
+def _take_member(
+    sample: _Sample,
+    extension: str,
+    member: tarfile.TarInfo,
+    tar: tarfile.TarFile,
+    spec: WebDatasetSource,
+    max_clip_bytes: int,
+) -> None:
+    """Read one member into the sample, or note why it was not read."""
+    sample.extensions.add(extension)
+    is_video = extension in spec.video_extensions
+    if sample.error is not None or not (is_video or extension in ("txt", "json")):
+        return
+    if is_video and sample.video is not None:
+        return  # a second rendition of the same clip: the first one in the tar counts
+    limit = max_clip_bytes if is_video else MAX_TEXT_BYTES
+    if member.size > limit:
+        error_class = RejectionClass.TOO_LARGE if is_video else RejectionClass.BAD_METADATA
+        sample.error = ClipError(error_class, "read", f"{member.name!r} has {member.size} bytes, limit {limit}")
+        return
+    content = tar.extractfile(member)
+    assert content is not None, "isreg() members have content"
+    if not is_video:
+        sample.texts[extension] = content.read(limit)
+        return
+    digest = hashlib.sha256()
+    with ExitStack() as on_failure:
+        blob = on_failure.enter_context(Blob.create())
+        while chunk := content.read(_CHUNK):
+            digest.update(chunk)
+            blob.write(chunk)
+        on_failure.pop_all()
+    sample.video, sample.video_name, sample.video_sha256 = blob, member.name, digest.hexdigest()
+
+
+def _finish(sample: _Sample, shard: VideoShard, spec: WebDatasetSource, seen: set[str]) -> Clip | Rejection:
+    """A Clip that owns the sample's Blob, or the Rejection that says why not."""
+    try:
+        return _to_clip(sample, shard, spec, seen)
+    except ClipError as error:
+        sample.close()
+        return Rejection.from_error(error, key=printable(sample.key), shard_id=shard.id)
+
+
+def _to_clip(sample: _Sample, shard: VideoShard, spec: WebDatasetSource, seen: set[str]) -> Clip:
+    require_safe_key(sample.key)
+    if sample.key in seen:
+        raise ClipError(RejectionClass.DUPLICATE_KEY, "read", f"{sample.key!r} was seen before in this shard")
+    seen.add(sample.key)
+    if sample.error is not None:
+        raise sample.error
+    metadata = _parse_metadata(sample.texts.get("json"))
+    status = metadata.get("status")
+    if status is not None and status != "success":
+        message = f"status {status!r}: {metadata.get('error_message')!r}"
+        raise ClipError(RejectionClass.UPSTREAM_FAILED, "read", message)
+    if sample.video is None:
+        members = ", ".join(sorted(sample.extensions))
+        raise ClipError(RejectionClass.NO_VIDEO, "read", f"no video among its members ({members})")
+    return Clip(
+        key=sample.key,
+        shard_id=shard.id,
+        video=sample.video,
+        video_sha256=sample.video_sha256,
+        file_name=sample.video_name,
+        caption=_caption(sample.texts.get("txt"), metadata, spec.caption_keys),
+        metadata=metadata,
+    )
+
+
+def _parse_metadata(raw: bytes | None) -> dict[str, Any]:
+    if raw is None:
+        return {}
+    try:
+        metadata = plain_json(raw)
+    except (ValueError, RecursionError) as error:
+        raise ClipError(RejectionClass.BAD_METADATA, "read", f"json member: {error}") from error
+    if not isinstance(metadata, dict):
+        raise ClipError(
+            RejectionClass.BAD_METADATA, "read", f"json member: expected an object, got {type(metadata).__name__}"
+        )
+    return metadata
+
+
+def _caption(raw: bytes | None, metadata: dict[str, Any], caption_keys: tuple[str, ...]) -> str:
+    if raw is not None:
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ClipError(RejectionClass.BAD_CAPTION, "read", f"txt member is not UTF-8: {error}") from error
+    for name in caption_keys:
+        value = metadata.get(name)
+        if isinstance(value, str):
+            return value
+    return ""
+
+
+def _shard_rejection(shard: VideoShard, message: str) -> Rejection:
+    error = ClipError(RejectionClass.TRUNCATED_SHARD, "read", message)
+    return Rejection.from_error(error, key="", shard_id=shard.id, scope="shard")
+
+
+def _samples_that_never_came(shard: VideoShard, spec: WebDatasetSource, seen: set[str]) -> Iterator[Rejection]:
+    """A Rejection for each key of the sidecar that a broken tar did not deliver; none without a sidecar."""
+    for key in sidecar_keys(shard.url, spec.options):
+        if key not in seen:
+            seen.add(key)
+            error = ClipError(RejectionClass.TRUNCATED_SHARD, "read", "named by the sidecar, lost with the tar's end")
+            yield Rejection.from_error(error, key=printable(key), shard_id=shard.id)

@@ -1,0 +1,225 @@
+"""Check a dataset against its own documents, and against its source.
+
+Plain verification trusts nothing but run.json: receipts must add up to the manifest, every object must have the
+bytes its receipt names, every index row must lead to its latent, every latent must be finite and of the shape the
+VAE gives, and the statistics must come out the same. With the source at hand it also reads every sample again and
+recomputes the hash that pairs key, video bytes and caption.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+import torch
+
+from pipeline.dataset import DatasetFolder, describe_file
+from pipeline.documents import Manifest, RunFile, ShardReceipt, StoredObject
+from pipeline.encoder import DTYPES
+from pipeline.errors import DatasetError, PipelineError
+from pipeline.formats import FORMATS, IndexRow, read_index, read_payload
+from pipeline.manifest import build_manifest
+from pipeline.records import Clip, Latent, VideoShard
+from pipeline.sources import SourceDigest, SourceSpec, read_shard
+from pipeline.stats import ChannelStatistics
+from pipeline.storage import Store
+
+
+@dataclass(slots=True)
+class VerifyReport:
+    """What was looked at, and what is wrong. A dataset is good if `problems` is empty."""
+
+    shards: int = 0
+    windows: int = 0
+    payload_bytes: int = 0
+    source_clips: int = 0
+    problems: list[str] = field(default_factory=list)
+    repeated_clip_keys: int = 0
+    """Clip keys that stand in more than one shard: allowed, but ambiguous to a reader that goes by key alone."""
+
+    @property
+    def good(self) -> bool:
+        return not self.problems
+
+
+def verify_dataset(
+    store: Store, *, source: SourceSpec | None = None, on_shard: Callable[[int, int], None] | None = None
+) -> VerifyReport:
+    """Check all of it. `source` also re-reads the input. Calls `on_shard(done, total)` as it goes."""
+    report = VerifyReport()
+    folder = DatasetFolder(store)
+    try:
+        run, manifest = folder.run_file(), folder.manifest()
+        receipts = list(folder.receipts(folder.receipt_ids()))
+    except DatasetError as error:
+        report.problems.append(str(error))
+        return report
+    report.problems += _document_problems(run, manifest, receipts)
+    seen: set[str] = set()
+    for number, receipt in enumerate(receipts):
+        if on_shard is not None:
+            on_shard(number, len(receipts))
+        report.problems += [f"shard {receipt.shard_id}: {text}" for text in _check_shard(store, run, receipt, report)]
+        keys = _clip_keys(store, receipt)
+        report.repeated_clip_keys += len(keys & seen)
+        seen |= keys
+        if source is not None:
+            report.problems += [
+                f"shard {receipt.shard_id}: source: {text}" for text in _check_source(store, receipt, source, report)
+            ]
+    if on_shard is not None:
+        on_shard(len(receipts), len(receipts))
+    return report
+
+
+def _document_problems(run: RunFile, manifest: Manifest, receipts: list[ShardReceipt]) -> Iterator[str]:
+    if run.identity.fingerprint != run.fingerprint:
+        yield f"run.json: fingerprint {run.fingerprint} is not that of its identity ({run.identity.fingerprint})"
+    try:
+        expected = build_manifest(run, receipts, manifest.set_aside)
+    except (DatasetError, ValueError) as error:
+        yield f"receipts do not add up: {error}"
+        return
+    for name in type(manifest).model_fields:
+        if getattr(expected, name) != getattr(manifest, name):
+            yield f"manifest.json: {name} is not what the receipts add up to"
+
+
+def _check_shard(store: Store, run: RunFile, receipt: ShardReceipt, report: VerifyReport) -> Iterator[str]:
+    report.shards += 1
+    report.payload_bytes += receipt.payload.size
+    if receipt.fingerprint != run.fingerprint:
+        yield f"receipt has fingerprint {receipt.fingerprint}, run.json has {run.fingerprint}"
+    with tempfile.TemporaryDirectory(prefix="latents-verify-") as folder:
+        files: list[Path] = []
+        for stored in (receipt.payload, receipt.index):
+            try:
+                path = store.local_file(stored.path, Path(folder))
+            except FileNotFoundError:
+                yield f"{stored.path} does not exist"
+                return
+            yield from _object_problems(stored, path)
+            files.append(path)
+        try:
+            yield from _content_problems(run, receipt, files[0], files[1], report)
+        except (PipelineError, ValueError, pa.ArrowException) as error:
+            yield f"cannot be read: {error}"
+
+
+def _object_problems(stored: StoredObject, path: Path) -> Iterator[str]:
+    found = describe_file(stored.path, path)
+    for name in ("size", "sha256"):
+        if getattr(found, name) != getattr(stored, name):
+            yield f"{stored.path}: {name} is {getattr(found, name)}, its receipt says {getattr(stored, name)}"
+
+
+def _content_problems(
+    run: RunFile, receipt: ShardReceipt, payload: Path, index: Path, report: VerifyReport
+) -> Iterator[str]:
+    shard_format = FORMATS[run.format]
+    index_rows = read_index(index).rows
+    statistics = ChannelStatistics()
+    previous: tuple[str, str] | None = None
+    count = 0
+    with payload.open("rb") as file, payload.open("rb") as direct:
+        header = shard_format.read_header(file)
+        if header.fingerprint != run.fingerprint or header.shard_id != receipt.shard_id:
+            yield f"its header says shard {header.shard_id} of identity {header.fingerprint}"
+        file.seek(0)
+        for count, latent in enumerate(shard_format.read(file), start=1):
+            row = latent.row
+            if count > len(index_rows) or index_rows[count - 1].row != row:
+                yield f"{row.key}: its index row is missing or differs"
+                break
+            if previous is not None and row.sort_key <= previous:
+                yield f"{row.key}: out of order or twice"
+            previous = row.sort_key
+            yield from _latent_problems(run, latent)
+            yield from _offset_problems(latent, index_rows[count - 1], direct)
+            statistics = statistics.merge(ChannelStatistics.of(latent.mean_CTHW))
+    report.windows += count
+    if not count == len(index_rows) == receipt.counts.windows_stored:
+        yield (
+            f"{count} windows in the payload, {len(index_rows)} in the index, "
+            f"{receipt.counts.windows_stored} in the receipt"
+        )
+    if statistics != receipt.statistics:
+        yield "its statistics are not those of its latents"
+
+
+def _latent_problems(run: RunFile, latent: Latent) -> Iterator[str]:
+    row, vae = latent.row, run.identity.vae
+    time, space = int(vae["time_stride"]), int(vae["space_stride"])
+    expected = (
+        int(vae["latent_channels"]),
+        1 + (row.num_frames - 1) // time,
+        row.height // space,
+        row.width // space,
+    )
+    tensors = [latent.mean_CTHW] + ([latent.logvar_CTHW] if latent.logvar_CTHW is not None else [])
+    if len(tensors) != 1 + run.identity.logvar:
+        yield f"{row.key}: logvar is {'missing' if run.identity.logvar else 'there but not expected'}"
+    for tensor in tensors:
+        if tuple(tensor.shape) != expected or tensor.dtype != DTYPES[run.identity.storage_dtype]:
+            wanted = f"{expected} {run.identity.storage_dtype}"
+            yield f"{row.key}: expected {wanted}, got {tuple(tensor.shape)} {tensor.dtype}"
+        if not bool(torch.isfinite(tensor).all()):
+            yield f"{row.key}: holds NaN or Inf"
+    if len(row.frame_times) != row.num_frames or len(row.frame_indices) != row.num_frames:
+        yield f"{row.key}: {len(row.frame_times)} frame times for {row.num_frames} frames"
+
+
+def _offset_problems(latent: Latent, index_row: IndexRow, file: object) -> Iterator[str]:
+    """A range read at the index's offset must give the same numbers."""
+    if index_row.latent_offset is None:
+        return
+    file.seek(index_row.latent_offset)  # type: ignore[attr-defined]
+    tensor = read_payload(file.read(index_row.latent_length))  # type: ignore[attr-defined]
+    if not torch.equal(tensor, latent.mean_CTHW):
+        yield f"{latent.row.key}: the index's offset leads to other numbers"
+
+
+def _clip_keys(store: Store, receipt: ShardReceipt) -> set[str]:
+    with tempfile.TemporaryDirectory(prefix="latents-verify-") as folder:
+        try:
+            rows = read_index(store.local_file(receipt.index.path, Path(folder))).rows
+        except (PipelineError, FileNotFoundError, ValueError, pa.ArrowException):
+            return set()  # _check_shard has said so
+    return {row.row.clip_key for row in rows}
+
+
+def _check_source(store: Store, receipt: ShardReceipt, spec: SourceSpec, report: VerifyReport) -> Iterator[str]:
+    """Every stored window's clip must be in the source with the same hash; every sample must be accounted for."""
+    expected: dict[str, str] = {}
+    with tempfile.TemporaryDirectory(prefix="latents-verify-") as folder:
+        for index_row in read_index(store.local_file(receipt.index.path, Path(folder))).rows:
+            expected[index_row.row.clip_key] = index_row.row.pair_sha256
+    rejected = {rejection.key for rejection in receipt.rejections if rejection.scope == "clip"}
+    shard = VideoShard(
+        id=receipt.shard_id,
+        kind=receipt.source.kind,
+        url=receipt.source.url,
+        size=receipt.source.size,
+        etag=receipt.source.etag,
+        rows=receipt.source.rows,
+        byte_span=receipt.source.byte_span,
+    )
+    digest, samples = SourceDigest(), 0
+    for sample in read_shard(shard, spec, max_clip_bytes=1 << 62, digest=digest):
+        samples += not (not isinstance(sample, Clip) and sample.scope == "shard")
+        if isinstance(sample, Clip):
+            report.source_clips += 1
+            with sample.video:
+                found = sample.pair_sha256
+            if expected.pop(sample.key, found) != found:
+                yield f"{sample.key}: its latent belongs to another video or caption"
+    for key in expected:
+        if key not in rejected:
+            yield f"{key}: its latent has no clip in the source"
+    if digest.sha256 is not None and digest.sha256 != receipt.source.sha256:
+        yield f"{receipt.source.url} has sha256 {digest.sha256}, its receipt says {receipt.source.sha256}"
+    if samples != receipt.counts.samples:
+        yield f"{samples} samples, the receipt accounts for {receipt.counts.samples}"

@@ -1,0 +1,102 @@
+"""Batches of tiles: the numbers are those of the windows encoded alone, whatever stands beside them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cvvae import SPECS, DiagonalGaussian, VideoVAE, seeded_vae
+from pipeline.encoder import StageClock, TileEncoder
+from pipeline.policies import EncodePolicy
+
+CPU = torch.device("cpu")
+TILE = 17 * 16 * 16
+
+
+@pytest.fixture(scope="module")
+def vae() -> VideoVAE:
+    return seeded_vae(SPECS["cvvae-sd21-tiny"], 5)
+
+
+def frames(num_frames: int, height: int, width: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (num_frames, height, width, 3), dtype=np.uint8)
+
+
+def encode_all(encoder: TileEncoder, windows: list[np.ndarray]) -> dict[int, DiagonalGaussian]:
+    batcher = encoder.batcher()
+    done: list[tuple[int, DiagonalGaussian]] = []
+    for number, window in enumerate(windows):
+        done += batcher.add(window, number)
+    done += batcher.flush()
+    assert len(done) == len(windows), "every window comes out once"
+    return dict(done)
+
+
+def test_stacked_tiles_give_the_numbers_of_each_window_alone(vae: VideoVAE) -> None:
+    """Windows of one, two and a short tile, two buckets, a batch that is never full at the end."""
+    shapes = [(17, 16, 16), (33, 16, 16), (5, 16, 16), (17, 16, 24), (21, 16, 24), (17, 16, 16)]
+    windows = [frames(*shape, seed=number) for number, shape in enumerate(shapes)]
+    results = encode_all(TileEncoder(vae, EncodePolicy(batch_pixels=2 * TILE), CPU), windows)
+    for number, window in enumerate(windows):
+        video = torch.from_numpy(window).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        with torch.no_grad():
+            alone = vae.encode(video)
+        torch.testing.assert_close(results[number].mean, alone.mean, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(results[number].logvar, alone.logvar, rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=8, deadline=None)
+@given(neighbours=st.lists(st.sampled_from([5, 17, 33]), max_size=3), seed=st.integers(0, 5))
+def test_neighbours_do_not_change_a_bit(vae: VideoVAE, neighbours: list[int], seed: int) -> None:
+    """Same batch shape, other content and another place in it: bitwise the same numbers."""
+    encoder = TileEncoder(vae, EncodePolicy(batch_pixels=2 * TILE), CPU)
+    window = frames(17, 16, 16, seed=99)
+    alone = encode_all(encoder, [window])[0]
+    others = [frames(length, 16, 16, seed=seed + n) for n, length in enumerate(neighbours)]
+    together = encode_all(encoder, [*others, window])[len(others)]
+    assert torch.equal(alone.mean, together.mean)
+    assert torch.equal(alone.logvar, together.logvar)
+
+
+def test_one_batch_shape_per_tile_shape(vae: VideoVAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = TileEncoder(vae, EncodePolicy(batch_pixels=3 * TILE), CPU)
+    seen: list[tuple[int, ...]] = []
+    original = encoder.encode
+    monkeypatch.setattr(encoder, "encode", lambda batch: (seen.append(batch.shape), original(batch))[1])
+    encode_all(encoder, [frames(n, 16, 16, seed=n) for n in (33, 49, 17, 17, 21)])
+    assert set(seen) == {(3, 17, 16, 16, 3), (10, 5, 16, 16, 3)}
+    assert encoder.clock.tiles == 2 + 3 + 1 + 1 + 2
+    assert encoder.clock.filler_tiles == sum(shape[0] for shape in seen) - encoder.clock.tiles
+
+
+def test_batch_size_is_at_least_one(vae: VideoVAE) -> None:
+    encoder = TileEncoder(vae, EncodePolicy(batch_pixels=1), CPU)
+    assert encoder.batch_size((17, 256, 256)) == 1
+    assert TileEncoder(vae, EncodePolicy(), CPU).batch_size((17, 256, 256)) == 4
+
+
+def test_bfloat16_is_near_float32(vae: VideoVAE) -> None:
+    windows = [frames(17, 16, 16, seed=1)]
+    exact = encode_all(TileEncoder(vae, EncodePolicy(batch_pixels=TILE), CPU), windows)[0].mean
+    half = encode_all(
+        TileEncoder(seeded_vae(SPECS["cvvae-sd21-tiny"], 5), EncodePolicy(dtype="bfloat16", batch_pixels=TILE), CPU),
+        windows,
+    )[0].mean
+    relative = float((exact - half).norm() / exact.norm())
+    assert 0 < relative < 0.05
+
+
+def test_numerics_name_what_decides_the_last_bits(vae: VideoVAE) -> None:
+    numerics = TileEncoder(vae, EncodePolicy(), CPU).numerics()
+    assert numerics["libraries"]["torch"] == torch.__version__
+    assert numerics["threads"] == torch.get_num_threads()
+    assert numerics["memory_format"] == "channels_last_3d"
+
+
+def test_waits_passes_items_through() -> None:
+    clock = StageClock()
+    assert list(clock.waits("wait", iter([1, 2, 3]))) == [1, 2, 3]
+    assert clock.seconds["wait"] >= 0
