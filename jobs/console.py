@@ -84,10 +84,9 @@ class RunDisplay:
         progress, bar = self._progress, self._bar
         if progress is None or bar is None or not encoders:
             return
-        tiles = sum(figures["tiles"] for figures in encoders.values())
-        busy = sum(figures["busy_seconds"] for figures in encoders.values())
-        rate = f", {tiles / busy * len(encoders):.2f} tiles/s" if busy else ""
-        progress.update(bar, figures=f"{tiles:.0f} tiles encoded{rate}")
+        frames = sum(figures["frames"] for figures in encoders.values())
+        rate = frames / (time.monotonic() - self._encode_started)
+        progress.update(bar, figures=f"{frames:.0f} frames, {rate:.1f}/s")
 
     def committed(self, receipt: ShardReceipt) -> None:
         self._counts.append(receipt)

@@ -31,6 +31,7 @@ DTYPES: dict[DTypeName, torch.dtype] = {
     "float16": torch.float16,
 }
 _LIBRARIES = ("torch", "numpy", "pillow", "av", "decord", "pyarrow", "webdataset")
+_TAIL_BATCH_SHARE = 4
 
 Token = TypeVar("Token")
 Item = TypeVar("Item")
@@ -58,6 +59,8 @@ class EncodeClock:
     """What an encoder did, for reports; never stored in the dataset."""
 
     busy_seconds: float = 0.0
+    frames: int = 0
+    """Frames run through the VAE: shared frames of tiles and filler count."""
     tiles: int = 0
     filler_tiles: int = 0
 
@@ -78,19 +81,35 @@ class TileEncoder:
         self._turn = threading.Lock()
 
     def batch_size(self, tile_shape: tuple[int, int, int]) -> int:
-        """Tiles of (T, H, W) in one batch."""
-        return max(1, self.policy.batch_pixels // int(np.prod(tile_shape)))
+        """Tiles of (T, H, W) in one batch.
+
+        Tiles shorter than a whole one come from tails and are few: their batches are a quarter, so that less of the
+        last one is filler.
+        """
+        pixels = self.policy.batch_pixels
+        if self.spec.tile_frames is not None and tile_shape[0] <= self.spec.tile_frames:
+            pixels //= _TAIL_BATCH_SHARE
+        return max(1, pixels // int(np.prod(tile_shape)))
 
     def tiles(self, num_frames: int) -> tuple[Tile, ...]:
         return self._vae.time_tiles(num_frames)
 
-    def batcher(self) -> TileBatcher[Any]:
-        """A batcher for one shard: batches never mix shards."""
-        return TileBatcher(self)
+    def batcher(self, clock: StageClock | None = None) -> TileBatcher[Any]:
+        """A batcher for one shard (batches never mix shards); `clock` takes the time its batches need."""
+        return TileBatcher(self, clock or StageClock())
 
-    def encode(self, frames_BTHWC: np.ndarray) -> Tensor:
+    def encode(self, frames_BTHWC: np.ndarray, clock: StageClock) -> Tensor:
         """Raw moments (B, 2C, t, h, w), float32 on the CPU, of a full batch of uint8 tiles."""
-        with self._turn, torch.inference_mode():
+        with clock.measure("wait for encoder"):
+            self._turn.acquire()
+        try:
+            with clock.measure("encode"):
+                return self._encode(frames_BTHWC)
+        finally:
+            self._turn.release()
+
+    def _encode(self, frames_BTHWC: np.ndarray) -> Tensor:
+        with torch.inference_mode():
             started = time.perf_counter()
             frames = torch.from_numpy(frames_BTHWC)
             if self.device.type == "cuda":
@@ -99,6 +118,7 @@ class TileEncoder:
             video_BCTHW = video_BCTHW.to(dtype=DTYPES[self.policy.dtype], memory_format=self._memory_format)
             moments = self._encode_tile(video_BCTHW).to("cpu", torch.float32)
             self.clock.busy_seconds += time.perf_counter() - started
+            self.clock.frames += frames_BTHWC.shape[0] * frames_BTHWC.shape[1]
         return moments
 
     def numerics(self) -> dict[str, Any]:
@@ -123,8 +143,9 @@ class TileEncoder:
 class TileBatcher(Generic[Token]):
     """Collects tiles of one shard; gives (token, moments) as soon as a window's last tile is encoded."""
 
-    def __init__(self, encoder: TileEncoder) -> None:
+    def __init__(self, encoder: TileEncoder, clock: StageClock) -> None:
         self._encoder = encoder
+        self._clock = clock
         self._pending: dict[tuple[int, int, int], list[_PendingTile[Token]]] = {}
 
     def add(self, frames_THWC: np.ndarray, token: Token) -> Iterator[tuple[Token, DiagonalGaussian]]:
@@ -153,7 +174,7 @@ class TileBatcher(Generic[Token]):
             slot[:] = tile.frames_THWC
         self._encoder.clock.tiles += len(pending)
         self._encoder.clock.filler_tiles += size - len(pending)
-        moments = self._encoder.encode(batch)
+        moments = self._encoder.encode(batch, self._clock)
         for index, tile in enumerate(pending):
             window = tile.window
             window.moments[tile.position] = moments[index : index + 1, :, tile.drop :]

@@ -146,8 +146,9 @@ class EncodePolicy(Policy):
     storage_dtype: DTypeName = "float16"
     logvar: bool = False
     """Store the posterior's log variance beside its mean."""
-    batch_pixels: Annotated[int, Field(ge=1)] = 17 * 512 * 512
-    """Frames x height x width of one batch: as many tiles of a bucket as fit are stacked, at least one."""
+    batch_pixels: Annotated[int, Field(ge=1)] = 17 * 256 * 256
+    """Frames x height x width of one batch: as many tiles of a bucket as fit are stacked, at least one. The default
+    suits a CPU; a large GPU takes sixteen times as much."""
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
     compile: bool = False
     """torch.compile the tile encoder; one shape per bucket."""

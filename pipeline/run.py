@@ -16,7 +16,7 @@ from cvvae import VAESpec
 from pipeline.checkpoints import VAESource, load_source
 from pipeline.dataset import DatasetFolder, require_unchanged
 from pipeline.documents import Manifest, RunFile, RunIdentity, ShardReceipt
-from pipeline.errors import ConfigError, IdentityMismatch, PoisonShard
+from pipeline.errors import ConfigError, IdentityMismatch, PipelineError, PoisonShard
 from pipeline.manifest import build_manifest, dataset_card
 from pipeline.policies import (
     DecodePolicy,
@@ -206,7 +206,13 @@ def commit_all(
 
 
 def finish_run(plan: RunPlan, log: RunLog) -> Manifest:
-    """Write card and manifest from the receipts. Call it once every shard has one or was set aside."""
+    """Write card and manifest from the receipts. PipelineError if a shard has none and was not set aside."""
+    missing = [shard.id for shard in plan.shards if shard.id not in plan.receipts and shard.id not in log.set_aside]
+    if missing:
+        raise PipelineError(
+            f"{len(missing)} of {len(plan.shards)} shards came to no end, the first is {missing[0]}: "
+            "the manifest is not written. Start the run again."
+        )
     manifest = build_manifest(
         plan.run_file, (plan.receipts[name] for name in sorted(plan.receipts)), sorted(log.set_aside)
     )

@@ -88,7 +88,7 @@ class ShardEncoder:
         self, shard: VideoShard, spool: LatentSpool, ledger: ShardLedger, clock: StageClock
     ) -> SourceDigest:
         digest = SourceDigest()
-        batcher: TileBatcher[_Ticket] = self._encoder.batcher()
+        batcher: TileBatcher[_Ticket] = self._encoder.batcher(clock)
         samples = read_shard(shard, self.job.source, max_clip_bytes=self.job.decode.max_clip_bytes, digest=digest)
         with prefetched(samples, depth=2) as ahead:
             events = self._pool.decode(
@@ -98,16 +98,14 @@ class ShardEncoder:
                 match event:
                     case WindowReady(window, clip):
                         ticket = _Ticket(self._row(window, clip), ledger.attempt(clip.key))
-                        with clock.measure("encode"):
-                            for done, posterior in batcher.add(window.frames_THWC, ticket):
-                                self._keep(done, posterior, spool, ledger)
+                        for done, posterior in batcher.add(window.frames_THWC, ticket):
+                            self._keep(done, posterior, spool, ledger)
                     case ClipRetracted(clip):
                         ledger.retract(clip.key)
                     case ClipDone():
                         ledger.finish(event)
-            with clock.measure("encode"):
-                for done, posterior in batcher.flush():
-                    self._keep(done, posterior, spool, ledger)
+            for done, posterior in batcher.flush():
+                self._keep(done, posterior, spool, ledger)
         return digest
 
     def _keep(self, ticket: _Ticket, posterior: DiagonalGaussian, spool: LatentSpool, ledger: ShardLedger) -> None:

@@ -76,7 +76,7 @@ def damage_named(where: str) -> Iterator[None]:
     """pyarrow's errors about a file's content become DatasetError; a store's errors stay what they are."""
     try:
         yield
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:  # a column name or a string that is not UTF-8
         raise DatasetError(f"{where}: not a whole Parquet file: {error}") from error
     except OSError as error:
         # Arrow reports damaged pages as a bare OSError; those of files and networks have a number or a subclass
@@ -109,6 +109,11 @@ def require_columns(parquet: pq.ParquetFile, expected: pa.Schema, where: str) ->
 
 
 def rows_of(parquet: pq.ParquetFile, columns: list[str], row_group: int, batch_rows: int) -> Iterator[dict[str, Any]]:
-    """A row group's rows as dicts, a batch at a time."""
+    """A row group's rows as dicts, a batch at a time. ArrowInvalid if there are fewer than the footer says."""
+    count = 0
     for batch in parquet.iter_batches(batch_rows, row_groups=[row_group], columns=columns, use_threads=False):
+        count += batch.num_rows
         yield from batch.to_pylist()
+    expected = parquet.metadata.row_group(row_group).num_rows
+    if count != expected:  # page headers have no checksum, and Arrow stops at the shortest column
+        raise pa.ArrowInvalid(f"row group {row_group}: expected {expected} rows, got {count}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -133,7 +134,7 @@ def key_problem(key: str) -> str | None:
         return "key has an empty, '.' or '..' part"
     if "." in parts[-1]:
         return "key has a dot in its last part, where readers would cut it"
-    if len(parts) > 1 and parts[0].startswith("__") and parts[0].endswith("__"):
+    if len(parts) > 1 and re.fullmatch("__.*__", parts[0], re.DOTALL):
         return "key starts with a folder __NAME__, which the webdataset library skips"
     if any(unicodedata.category(character) in ("Cc", "Cs") for character in key):
         return "key has a control character or a lone surrogate"

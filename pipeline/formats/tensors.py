@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 import sys
+import tokenize
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,6 +28,8 @@ TORCH_DTYPES: dict[DTypeName, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+# numpy evaluates the header as a Python literal, and once more through tokenize for Python 2's sake
+_BAD_NPY_HEADER = (ValueError, TypeError, SyntaxError, EOFError, RecursionError, MemoryError, tokenize.TokenError)
 _NPY_DTYPES = {np.dtype("<f2"): torch.float16, np.dtype("<f4"): torch.float32}
 
 
@@ -68,7 +71,7 @@ def _read_npy(data: bytes, where: str) -> Tensor:
         if version != (1, 0):
             raise DatasetError(f"{where}: expected npy version 1.0, got {'.'.join(map(str, version))}")
         shape, fortran_order, dtype = npy.read_array_header_1_0(file)
-    except (ValueError, EOFError) as error:
+    except _BAD_NPY_HEADER as error:
         raise DatasetError(f"{where}: npy header: {error}") from error
     if dtype not in _NPY_DTYPES or fortran_order:
         order = "Fortran" if fortran_order else "C"
@@ -86,7 +89,7 @@ def _read_safetensors(data: bytes, where: str) -> Tensor:
     (tensor,) = tensors.values()
     if tensor.dtype not in TORCH_DTYPES.values():
         raise DatasetError(f"{where}: expected one of {sorted(TORCH_DTYPES)}, got {dtype_name(tensor.dtype)}")
-    return tensor.clone()  # safetensors' view of a shared buffer may be unaligned
+    return tensor
 
 
 def raw_bytes(tensor: Tensor) -> bytes:

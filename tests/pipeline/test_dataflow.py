@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import psutil
 import pytest
 
 from jobs.config import EncodeConfig
 from jobs.encode_webvid import run_encode
-from pipeline.dataflow import ActorShape, RunMonitor, _AloneGate, require_room
+from pipeline.dataflow import ActorShape, RunMonitor, ShardPoisoned, _AloneGate, require_room
 from pipeline.errors import ConfigError, PoisonShard
+from pipeline.run import RunLog, RunPlan, commit_all
 from pipeline.storage import Store
 from pipeline.verify import verify_dataset
 
@@ -60,7 +63,7 @@ def test_a_cluster_without_room_is_an_error_not_a_wait() -> None:
         require_room(shape, [{"CPU": 2.0}, {"CPU": 64.0}])
 
 
-def config_for(source: Path, output: Path, address: str, on_poison: str) -> EncodeConfig:
+def config_for(source: Path, output: Path, address: str) -> EncodeConfig:
     return EncodeConfig.model_validate(
         {
             "source": {"urls": str(source), "kind": "webdataset"},
@@ -68,7 +71,13 @@ def config_for(source: Path, output: Path, address: str, on_poison: str) -> Enco
             "vae": {"spec": "cvvae-sd21-tiny"},
             "resize": {"buckets": [[64, 64]]},
             "encode": {"threads": 1},
-            "cluster": {"num_actors": 1, "decode_children": 1, "max_attempts": 2, "on_poison_shard": on_poison},
+            "cluster": {
+                "address": address,
+                "num_actors": 1,
+                "decode_children": 1,
+                "max_attempts": 2,
+                "on_poison_shard": "set_aside",
+            },
         }
     )
 
@@ -99,30 +108,24 @@ def killing_encode_actors_in(scratch: Path, shard_id: str) -> Iterator[list[int]
         thread.join(timeout=10)
 
 
-@pytest.mark.parametrize("on_poison", ["stop", "set_aside"])
-def test_a_shard_that_ends_its_actor_too_often(
-    on_poison: str,
-    v2d_shards: Callable[..., list[Path]],
-    tmp_path: Path,
-    ray_cluster: str,
+def test_a_shard_that_ends_its_actor_too_often_is_set_aside(
+    v2d_shards: Callable[..., list[Path]], tmp_path: Path, ray_cluster: str
 ) -> None:
-    """Its name is in the error; set aside, everything else is encoded, and the next run takes it up again."""
-    import tempfile
-
+    """Actors are killed for real; everything else is encoded, and the next run takes the shard up again."""
     source, output = tmp_path / "source", tmp_path / "out"
     v2d_shards(source, num_shards=2, good=1, failed=0, broken=0)
-    scratch = Path(tempfile.gettempdir()) / "cvvae-latents"
-    config = config_for(source, output, ray_cluster, on_poison)
-    with killing_encode_actors_in(scratch, "00001") as killed:
-        if on_poison == "stop":
-            with pytest.raises(PoisonShard, match=r"shard 00001: ended its encode actor 2 times"):
-                run_encode(config)
-        else:
-            manifest = run_encode(config)
-            assert manifest.set_aside == ("00001",)
-            assert [shard.id for shard in manifest.shards] == ["00000"]
-        assert len(killed) == 2
-    if on_poison == "set_aside":
-        again = run_encode(config)
-        assert (again.set_aside, len(again.shards)) == ((), 2)
-        assert verify_dataset(Store(str(output))).problems == []
+    config = config_for(source, output, ray_cluster)
+    with killing_encode_actors_in(Path(tempfile.gettempdir()) / "cvvae-latents", "00001") as killed:
+        manifest = run_encode(config)
+    assert len(killed) == 2
+    assert manifest.set_aside == ("00001",)
+    assert [shard.id for shard in manifest.shards] == ["00000"]
+    again = run_encode(config)
+    assert (again.set_aside, len(again.shards)) == ((), 2)
+    assert verify_dataset(Store(str(output))).problems == []
+
+
+def test_by_default_such_a_shard_stops_the_run_with_its_name() -> None:
+    outcomes = iter([ShardPoisoned(shard_id="00001", attempts=3)])
+    with pytest.raises(PoisonShard, match=r"shard 00001: ended its encode actor 3 times"):
+        list(commit_all(cast(RunPlan, None), outcomes, RunLog(), set_aside_poison=False))
