@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow check format lock clean
+.PHONY: help env demo test test-slow bench check format lock clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*?## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -35,6 +35,10 @@ test: $(READY) ## the tests (fast ones and the end-to-end ones)
 
 test-slow: $(READY) ## the long sweeps
 	$(PYTEST) -m slow
+
+bench: $(READY) ## decode backends, and what bf16 and fp16 cost in accuracy, on this machine
+	$(BIN)/python jobs/bench_decode.py
+	$(BIN)/python jobs/measure_precision.py
 
 check: $(READY) ## lint, format, types, import contracts
 	$(BIN)/ruff check .

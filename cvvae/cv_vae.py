@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from cvvae.fast_conv import FastConv3d
 from cvvae.layers import (
     AttentionNames,
     ConvFactory,
@@ -67,7 +68,7 @@ LAYOUTS: dict[str, Layout] = {
         mid=("mid.block_1", "mid.attn_1", "mid.block_2"),
         norm_out="norm_out",
         shortcut="nin_shortcut",
-        shortcut_conv=partial(nn.Conv3d, kernel_size=1),
+        shortcut_conv=partial(FastConv3d, kernel_size=1),
         attention=AttentionNames("norm", "q", "k", "v", "proj_out", as_conv=True),
         decoder_attention=SpatioTemporalAttention,
         up_counts_from_finest=True,
@@ -181,7 +182,7 @@ def _decoder_blocks(spec: VAESpec, layout: Layout, halves_time: tuple[bool, ...]
     edge_conv = partial(EdgeConv3d, frames_before=1, frames_after=1, space=layout.space)
     conv: ConvFactory = edge_conv
     if layout.space == "zeros":
-        conv = partial(nn.Conv3d, kernel_size=3, padding=1)
+        conv = partial(FastConv3d, kernel_size=3, padding=1)
     res_block = _res_block(spec, layout, conv)
     width = spec.widths[-1]
     yield "conv_in", conv(spec.latent_channels, width)

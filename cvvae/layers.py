@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from cvvae.fast_conv import FastConv3d
+
 SpacePadding = Literal["zeros", "replicate"]
 ConvFactory = Callable[[int, int], nn.Module]
 """(channels in, channels out) -> a convolution of kernel 3 that keeps the size."""
@@ -49,7 +51,7 @@ class NamedSequence(nn.Module):
         return x
 
 
-class EdgeConv3d(nn.Conv3d):
+class EdgeConv3d(FastConv3d):
     """Kernel-3 convolution that repeats edge frames in time (`frames_before`, `frames_after`).
 
     (2, 0) is CV-VAE's causal convolution: replicated, although the paper says reflected. In space it pads one pixel
@@ -80,7 +82,7 @@ class EdgeConv3d(nn.Conv3d):
         return super().forward(padded)
 
 
-class RightBottomConv3d(nn.Conv3d):
+class RightBottomConv3d(FastConv3d):
     """Causal kernel-3 convolution with stride 2 in space that pads zeros right and below only, as LDM does."""
 
     def __init__(self, in_channels: int, out_channels: int, *, stride: tuple[int, int, int]) -> None:
@@ -228,8 +230,8 @@ class SpatioTemporalAttention(SpatialAttention):
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Single-head softmax attention of (N, tokens, C) with scale 1/sqrt(C)."""
-    heads = (part.unsqueeze(1) for part in (query, key, value))
-    return F.scaled_dot_product_attention(*heads).squeeze(1)
+    query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
+    return F.scaled_dot_product_attention(query, key, value).squeeze(1)
 
 
 def frames_to_batch(x_BCTHW: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ DOORS = {
     "webdataset": {"pipeline/formats/webdataset_format.py", "jobs/v2d_shards.py"},
     "yaml": {"jobs/config.py"},
     "typer": {
+        "jobs/bench_decode.py",
         "jobs/cli.py",
         "jobs/encode_webvid.py",
         "jobs/make_demo_data.py",
