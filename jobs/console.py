@@ -48,9 +48,10 @@ class RunDisplay:
 
     def planned(self, plan: RunPlan) -> None:
         identity = plan.run_file.identity
+        samples = f" ({plan.samples_todo} samples)" if plan.samples_todo else ""
         self._console.print(
             f"{len(plan.shards)} shards, {len(plan.shards) - len(plan.todo)} committed before, "
-            f"{len(plan.todo)} to encode with {identity.vae.get('name')} "
+            f"{len(plan.todo)} to encode{samples} with {identity.vae.get('name')} "
             f"(weights {identity.weights_sha256[:12]}) into {plan.dataset.store.full_url('')}"
         )
 

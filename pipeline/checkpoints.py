@@ -8,7 +8,6 @@ import shutil
 import uuid
 from pathlib import Path
 from typing import Annotated, Any, Self
-from urllib.parse import urlsplit
 
 import torch
 from filelock import FileLock
@@ -85,7 +84,7 @@ def fetch_checkpoint(url: str, options: dict[str, Any] | None = None, *, cache: 
     if not files:
         raise ConfigError(f"vae.checkpoint: {url} holds no config.json with safetensors and no .ckpt")
     version = hashlib.sha256(repr((url, sorted(files.items()))).encode()).hexdigest()[:16]
-    folder = (cache or cache_folder()) / f"{Path(urlsplit(url).path).name}-{version}"
+    folder = (cache or cache_folder()) / f"{Path(root).name}-{version}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():

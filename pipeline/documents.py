@@ -25,7 +25,8 @@ DocumentType = TypeVar("DocumentType", bound="Document")
 class Document(BaseModel):
     """A frozen JSON document."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # "constants": NaN in a free-form field must reach `canonical_json`, which refuses it, and not become null
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
     def to_bytes(self) -> bytes:
         return canonical_json(self.model_dump(mode="json"))

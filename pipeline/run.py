@@ -30,7 +30,7 @@ from pipeline.policies import (
 )
 from pipeline.records import VideoShard
 from pipeline.shard import ShardJob
-from pipeline.sources import SourceSpec, plan_source
+from pipeline.sources import SourceSpec, count_samples, plan_source
 from pipeline.storage import Store
 
 
@@ -68,6 +68,8 @@ class RunPlan:
     todo: tuple[VideoShard, ...]
     receipts: dict[str, ShardReceipt]
     """Of the shards committed before this run."""
+    samples_todo: int | None
+    """Samples in `todo`, where a table or the sidecars say so."""
 
     def job(self) -> ShardJob:
         settings = self.settings
@@ -115,13 +117,15 @@ def plan_run(settings: EncodeSettings, config: dict[str, Any]) -> RunPlan:
     )
     receipts = {receipt.shard_id: receipt for receipt in dataset.receipts(dataset.receipt_ids())}
     _check_receipts(receipts, source.shards, run_file)
+    todo = tuple(shard for shard in source.shards if shard.id not in receipts)
     return RunPlan(
         settings=settings,
         dataset=dataset,
         run_file=run_file,
         shards=source.shards,
-        todo=tuple(shard for shard in source.shards if shard.id not in receipts),
+        todo=todo,
         receipts=receipts,
+        samples_todo=count_samples(todo, settings.source),
     )
 
 
@@ -217,5 +221,4 @@ def finish_run(plan: RunPlan, log: RunLog) -> Manifest:
         plan.run_file, (plan.receipts[name] for name in sorted(plan.receipts)), sorted(log.set_aside)
     )
     plan.dataset.finish(manifest, dataset_card(manifest))
-    plan.dataset.store.remove_staging()
     return manifest

@@ -1,6 +1,6 @@
 """The one door to storage: fsspec behind what the commit protocol needs.
 
-Local paths and `file://` use a temporary file, fsync and a hard link to create an object only if it is absent;
+Local paths and `file://` link a synced file to its name to create an object only if it is absent (local_files.py);
 S3 uses a conditional PUT (If-None-Match). Any other store must be declared `single_driver`, because it promises
 no such thing: then "absent" is checked first and a second driver could slip in between.
 
@@ -12,28 +12,27 @@ from __future__ import annotations
 
 import errno
 import io
-import os
-import shutil
+import re
 import sys
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
-from urllib.parse import urlsplit, urlunsplit
 
 from fsspec.asyn import sync
 from fsspec.core import url_to_fs
 
 from pipeline.errors import PipelineError, SourceChanged, StorageError
+from pipeline.local_files import STAGING, create_file, replace_file
 
 LOCAL_PROTOCOLS = ("file", "local")
 S3_PROTOCOLS = ("s3", "s3a")
 READ_BLOCK = 8 << 20
 MAX_RESUMES = 5
 MAX_CONFLICTS = 5
+_USER = re.compile(r"(?<=://)[^/?#]*@")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +47,7 @@ class ObjectInfo:
 
 def redact(url: str) -> str:
     """The URL without a user:password part, which fsspec accepts in some protocols."""
-    parts = urlsplit(url)
-    if "@" not in parts.netloc:
-        return url
-    return urlunsplit(parts._replace(netloc=parts.netloc.rsplit("@", 1)[1]))
+    return _USER.sub("", url)
 
 
 def _client_errors() -> tuple[type[Exception], ...]:
@@ -69,7 +65,7 @@ def _reading(url: str) -> Iterator[None]:
         raise
     except (IsADirectoryError, NotADirectoryError) as error:
         raise FileNotFoundError(errno.ENOENT, "no such object", redact(url)) from error
-    except _client_errors() as error:
+    except (*_client_errors(), ImportError) as error:  # ImportError: the protocol's package is missing
         if getattr(error, "errno", None) == errno.ENAMETOOLONG:
             raise FileNotFoundError(errno.ENOENT, "no such object", redact(url)) from error
         raise StorageError(f"cannot read {redact(url)}: {type(error).__name__}: {error}") from error
@@ -179,7 +175,7 @@ class Store:
         """
         with _writing(self.full_url(name)):
             if self.is_local:
-                return self._create_local(name, content)
+                return create_file(Path(self.path(name)), content, self._staging)
             if self.protocol in S3_PROTOCOLS:
                 return self._create_s3(name, content)
             self.require_conditional_writes()
@@ -214,15 +210,7 @@ class Store:
             if not self.is_local:
                 self._upload(self.path(name), content)
                 return
-            target = Path(self.path(name))
-            target.parent.mkdir(parents=True, exist_ok=True)
-            self._stage(content).replace(target)
-            _fsync(target.parent)
-
-    def remove_staging(self) -> None:
-        """Delete what killed writers left behind. Only for a driver that knows no writer is running."""
-        if self.is_local:
-            shutil.rmtree(self.path(".staging"), ignore_errors=True)
+            replace_file(Path(self.path(name)), content, self._staging)
 
     def _upload(self, path: str, content: bytes | Path, **options: Any) -> None:
         if isinstance(content, Path):
@@ -230,39 +218,9 @@ class Store:
         else:
             self._fs.pipe_file(path, content, **options)
 
-    def _create_local(self, name: str, content: bytes | Path) -> bool:
-        target = Path(self.path(name))
-        if target.exists():
-            return False
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staged = self._stage(content)
-        try:
-            os.link(staged, target)
-        except FileExistsError:
-            return False
-        finally:
-            staged.unlink()
-        _fsync(target.parent)
-        return True
-
-    def _stage(self, content: bytes | Path) -> Path:
-        """A complete, synced copy on the store's own file system, under a name nobody reads."""
-        folder = Path(self.path(".staging"))
-        folder.mkdir(parents=True, exist_ok=True)
-        staged = folder / uuid.uuid4().hex
-        try:
-            with staged.open("xb") as out:
-                if isinstance(content, Path):
-                    with content.open("rb") as source:
-                        shutil.copyfileobj(source, out, READ_BLOCK)
-                else:
-                    out.write(content)
-                out.flush()
-                os.fsync(out.fileno())
-        except BaseException:
-            staged.unlink(missing_ok=True)
-            raise
-        return staged
+    @property
+    def _staging(self) -> Path:
+        return Path(self.path(STAGING))
 
 
 def _make_store(url: str, options: dict[str, Any], single_driver: bool) -> Store:
@@ -284,14 +242,6 @@ def _http_status(error: BaseException) -> int | None:
 def _etag(details: dict[str, Any]) -> str | None:
     value = details.get("ETag") or details.get("etag")
     return str(value).strip('"') if value else None
-
-
-def _fsync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def object_info(url: str, options: dict[str, Any] | None = None) -> ObjectInfo:
@@ -381,7 +331,7 @@ class _S3Stream(io.RawIOBase):
 
     def _read_some(self, size: int) -> bytes:
         for attempt in range(MAX_RESUMES + 1):
-            if self._end is not None and self._position >= self._end:
+            if self._end is not None and self._position >= self._end and self._body is None:
                 return b""
             try:
                 body = self._body or self._open_body()
@@ -393,6 +343,8 @@ class _S3Stream(io.RawIOBase):
                 continue
             if data or self._position >= (self._end or 0):
                 self._position += len(data)
+                if not data:
+                    self._drop_body()  # the read past the end has checked the whole body's checksum
                 return data
             self._fault(OSError("body ended early"), attempt)
         raise AssertionError("unreachable: the last fault raises")

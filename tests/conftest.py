@@ -15,6 +15,7 @@ import pytest
 
 if TYPE_CHECKING:
     from jobs.v2d_shards import DownloadedVideo
+    from tests.s3_server import S3Server
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -106,6 +107,15 @@ def ffmpeg() -> str:
     import imageio_ffmpeg
 
     return imageio_ffmpeg.get_ffmpeg_exe()
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """A real S3 server with an empty bucket, on loopback, for the rest of the run; AWS_* are set for it."""
+    from tests.s3_server import running_s3
+
+    with running_s3() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

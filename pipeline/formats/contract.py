@@ -137,5 +137,5 @@ def key_problem(key: str) -> str | None:
     if len(parts) > 1 and re.fullmatch("__.*__", parts[0], re.DOTALL):
         return "key starts with a folder __NAME__, which the webdataset library skips"
     if any(unicodedata.category(character) in ("Cc", "Cs") for character in key):
-        return "key has a control character or a lone surrogate"
+        return "key has a control character, or a lone surrogate and so no UTF-8"
     return None

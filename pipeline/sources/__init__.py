@@ -5,14 +5,14 @@ A source is a planner (`plan`) and a generator (`read`), joined in `SOURCES` und
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from pipeline.records import Clip, Rejection, VideoShard
 from pipeline.sources.digest import SourceDigest
 from pipeline.sources.spec import SourceSpec, TableSource, WebDatasetSource
-from pipeline.sources.table import plan_table, read_table_shard
-from pipeline.sources.tar import plan_tars, read_tar_shard
+from pipeline.sources.table import count_table_samples, plan_table, read_table_shard
+from pipeline.sources.tar import count_tar_samples, plan_tars, read_tar_shard
 
 __all__ = [
     "SOURCES",
@@ -22,6 +22,7 @@ __all__ = [
     "SourceSpec",
     "TableSource",
     "WebDatasetSource",
+    "count_samples",
     "plan_source",
     "read_shard",
 ]
@@ -41,6 +42,7 @@ class SourceReader:
 
     plan: Callable[..., SourcePlan]
     read: Callable[..., Iterator[Clip | Rejection]]
+    count: Callable[..., int | None]
 
 
 def _plan_webdataset(spec: WebDatasetSource) -> SourcePlan:
@@ -53,14 +55,19 @@ def _plan_table(spec: TableSource) -> SourcePlan:
 
 
 SOURCES: dict[str, SourceReader] = {
-    "webdataset": SourceReader(_plan_webdataset, read_tar_shard),
-    "table": SourceReader(_plan_table, read_table_shard),
+    "webdataset": SourceReader(_plan_webdataset, read_tar_shard, count_tar_samples),
+    "table": SourceReader(_plan_table, read_table_shard, count_table_samples),
 }
 
 
 def plan_source(spec: SourceSpec) -> SourcePlan:
     """All shards of a source, in the order of their ids. SourceError if there is none, or two share an id."""
     return SOURCES[spec.kind].plan(spec)
+
+
+def count_samples(shards: Sequence[VideoShard], spec: SourceSpec) -> int | None:
+    """How many samples the shards hold, where that can be known without reading them."""
+    return SOURCES[spec.kind].count(shards, spec)
 
 
 def read_shard(

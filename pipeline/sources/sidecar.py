@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.errors import StorageError
 from pipeline.storage import open_seekable_url, open_stream
 
 _CHUNK = 1 << 20
@@ -37,9 +38,9 @@ def sidecar_keys(tar_url: str, options: dict[str, Any]) -> list[str]:
 
 
 def sidecar_num_rows(tar_url: str, options: dict[str, Any]) -> int | None:
-    """Samples in the tar according to its sidecar's footer; None without one."""
+    """Samples in the tar according to its sidecar's footer; None without a readable one."""
     try:
         with open_seekable_url(sidecar_url(tar_url), options) as file:
             return int(pq.ParquetFile(file).metadata.num_rows)
-    except (FileNotFoundError, pa.ArrowException, ValueError):
+    except (FileNotFoundError, pa.ArrowException, OSError, ValueError, StorageError):
         return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import tarfile
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -25,12 +25,13 @@ from pipeline.sources.digest import SourceDigest
 from pipeline.sources.forward import ForwardReader
 from pipeline.sources.keys import printable, require_safe_key
 from pipeline.sources.metadata import plain_json
-from pipeline.sources.sidecar import sidecar_keys
+from pipeline.sources.sidecar import sidecar_keys, sidecar_num_rows
 from pipeline.sources.spec import WebDatasetSource
 from pipeline.storage import ObjectInfo, glob_objects, list_folder, object_info, open_stream
 
 MAX_TEXT_BYTES = 16 << 20
 LOOKUPS_AT_ONCE = 32
+MAX_COUNTED_SIDECARS = 2000
 _CHUNK = 1 << 20
 _BROKEN_TAR = (tarfile.TarError, EOFError, ValueError, ArithmeticError, LookupError, RecursionError)
 """What tarfile raises for damaged headers; OSError and our StorageError are faults of the store and pass."""
@@ -100,6 +101,22 @@ def _expand_one(url: str, options: dict[str, Any]) -> list[ObjectInfo]:
         raise SourceError(f"source.urls: {url} does not exist") from error
 
 
+def count_tar_samples(shards: Sequence[VideoShard], spec: WebDatasetSource) -> int | None:
+    """Samples of all the tars according to their sidecars' footers, without reading a tar; None if one is missing.
+
+    One small request per tar, so it is asked for few of them only.
+    """
+    if len(shards) > MAX_COUNTED_SIDECARS:
+        return None
+    total = 0
+    with ThreadPoolExecutor(LOOKUPS_AT_ONCE, thread_name_prefix="plan") as pool:
+        for number in pool.map(lambda shard: sidecar_num_rows(shard.url, spec.options), shards):
+            if number is None:
+                return None
+            total += number
+    return total
+
+
 def read_tar_shard(
     shard: VideoShard, spec: WebDatasetSource, *, max_clip_bytes: int, digest: SourceDigest
 ) -> Iterator[Clip | Rejection]:
@@ -160,11 +177,11 @@ def _read_members(
 
 def _split_name(member: tarfile.TarInfo) -> tuple[str, str] | None:
     """(key, extension) by WebDataset's rule, the base name cut at its first dot; None for what is no sample."""
-    folder, _, base = member.name.removeprefix("./").rpartition("/")
+    folder, slash, base = member.name.removeprefix("./").rpartition("/")
     stem, dot, extension = base.partition(".")
     if not member.isreg() or not stem or not dot:
         return None
-    return (f"{folder}/{stem}" if folder else stem), extension.lower()
+    return f"{folder}{slash}{stem}", extension.lower()
 
 
 def _take_member(
@@ -190,7 +207,7 @@ def _take_member(
     content = tar.extractfile(member)
     assert content is not None, "isreg() members have content"
     if not is_video:
-        sample.texts[extension] = content.read(limit)
+        sample.texts[extension] = content.read(member.size)
         return
     digest = hashlib.sha256()
     with ExitStack() as on_failure:

@@ -1,4 +1,4 @@
-"""The fast convolution is nn.Conv3d: against float64 it is no worse, and gradients and half precision are PyTorch's."""
+"""The fast convolution is nn.Conv3d: next to float64 no worse; gradients and half precision are PyTorch's."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def test_numbers_are_those_of_the_direct_sum(padding, num_frames, batch, layout)
         direct = F.conv3d(x, conv.weight, conv.bias, padding=padding)
         exact = F.conv3d(x.double(), conv.weight.double(), conv.bias.double(), padding=padding)
     assert fast.shape == direct.shape
-    assert relative_rms(fast, exact) < 5e-7
+    assert relative_rms(fast, exact) < 1e-6
     assert relative_rms(fast, exact) < 2 * relative_rms(direct, exact)
 
 
