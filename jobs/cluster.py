@@ -33,19 +33,20 @@ def connected(config: ClusterConfig) -> Iterator[None]:
         yield
         return
     address = config.address or os.environ.get("RAY_ADDRESS")
-    options: dict[str, Any] = {"logging_level": logging.WARNING, "configure_logging": True}
     if address:
-        options["address"] = address
+        ray.init(address=address, logging_level=logging.WARNING)
     else:
-        options["include_dashboard"] = False
-        if sys.platform == "linux":
-            options["_node_ip_address"] = LOOPBACK
-    ray.init(**options)
+        _start_local()
     try:
         _quiet_data(config)
         yield
     finally:
         ray.shutdown()
+
+
+def _start_local() -> None:
+    options: dict[str, Any] = {"_node_ip_address": LOOPBACK} if sys.platform == "linux" else {}
+    ray.init(include_dashboard=False, logging_level=logging.ERROR, **options)
 
 
 def _quiet_data(config: ClusterConfig) -> None:
@@ -86,7 +87,7 @@ def decide_shape(
         children = config.decode_children or max(1, int(cores) // 4)
         # decoding is a small share of the work without a GPU, so few cores are shared rather than split
         threads = encode.threads or max(1, int(cores) - (children if cores > 2 else 0))
-        reserved = min(cores, 1.0 + children)
+        reserved = float(int(cores))  # all that it uses, or Ray would put two on one node
     shape = ActorShape(
         num_actors=max(1, min(num_actors, num_shards)),
         num_gpus=gpus_per_actor,

@@ -34,10 +34,10 @@ def shape(
     [
         (1, 1, 1, 1, 1),
         (2, 1, 1, 2, 2),
-        (4, 1, 1, 3, 2),
-        (8, 1, 2, 6, 3),
-        (16, 2, 2, 6, 3),
-        (64, 8, 2, 6, 3),
+        (4, 1, 1, 3, 4),
+        (8, 1, 2, 6, 8),
+        (16, 2, 2, 6, 8),
+        (64, 8, 2, 6, 8),
     ],
 )
 def test_one_machine_without_gpu(cores: int, actors: int, children: int, threads: int, reserved: float) -> None:
