@@ -2,8 +2,9 @@
 
 A CPU spends nine tenths of the time in fp32 convolutions that already run at its peak, so only fewer multiplications
 help. Layers of kernel 3 and stride 1 therefore use Winograd's minimal filtering F(2, 3) along time (Lavin and Gray,
-arXiv 1509.09308, section 4.1): two output frames cost four 2-D convolutions instead of six. In fp32 its rounding
-error against float64 is no larger than that of the direct sum. Half precision, gradients and GPUs take PyTorch's way.
+arXiv 1509.09308, section 4.1): two output frames cost four 2-D convolutions instead of six. What it gives up:
+a whole encoder's distance to float64 grows from 1.5e-6 to 2.9e-6 (relative RMS, tiny z = 4 model), and results with
+and without gradients differ in their last bits. Half precision, gradients and GPUs take PyTorch's way.
 """
 
 import torch

@@ -31,6 +31,11 @@ MODELS: dict[str, type[VideoVAE]] = dict.fromkeys(LAYOUTS, CVVAE)
 """Family of a spec -> the class that implements it: where a new model is added."""
 
 _LISTED = 10
+_UNREADABLE = (
+    # the unpickler of torch meets bytes that are no pickle with whatever they lead it to
+    *(pickle.UnpicklingError, EOFError, LookupError, ValueError, TypeError, RuntimeError),
+    SafetensorError,
+)
 
 
 def load_vae(
@@ -189,7 +194,7 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             return safetensors.torch.load_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
+    except _UNREADABLE as error:
         raise ValueError(
             f"{file}: expected a readable file of tensors (objects of other classes are not loaded), got: {error}"
         ) from error

@@ -26,9 +26,9 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.real_clips import fetch_real_clips
-from pipeline.decode import ClipDone, DecodePool
 from pipeline.decode.blob import Blob
 from pipeline.decode.clips import decode_clip
+from pipeline.decode.pool import ClipDone, DecodePool
 from pipeline.policies import BackendName, DecodePolicy, ResizePolicy, WindowPolicy
 from pipeline.records import Clip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,15 +12,18 @@ from typing import Any
 
 import ray
 import ray.data
+from ray.exceptions import RayError
 
 from jobs.config import ClusterConfig
 from pipeline.dataflow import ActorShape, require_room
+from pipeline.errors import ConfigError
 from pipeline.policies import EncodePolicy
 
 LOOPBACK = "127.0.0.2"
 """Ray replaces 127.0.0.1 by the network card's address; any other loopback address it keeps."""
 CORES_PER_CPU_ACTOR = 8
 MAX_DECODE_CHILDREN = 16
+CONNECT_SECONDS = 10
 
 
 @contextmanager
@@ -34,7 +38,7 @@ def connected(config: ClusterConfig) -> Iterator[None]:
         return
     address = config.address or os.environ.get("RAY_ADDRESS")
     if address:
-        ray.init(address=address, logging_level=logging.WARNING)
+        _connect(address)
     else:
         _start_local()
     try:
@@ -46,7 +50,19 @@ def connected(config: ClusterConfig) -> Iterator[None]:
 
 def _start_local() -> None:
     options: dict[str, Any] = {"_node_ip_address": LOOPBACK} if sys.platform == "linux" else {}
-    ray.init(include_dashboard=False, logging_level=logging.ERROR, **options)
+    # "local": a Ray that somebody started on this machine is not to be joined by accident
+    ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR, **options)
+
+
+def _connect(address: str) -> None:
+    """ConfigError if nothing answers there; Ray itself would go on trying for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    try:
+        if host and port.isdecimal():
+            socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+        ray.init(address=address, logging_level=logging.WARNING)
+    except (OSError, RuntimeError, ValueError, RayError) as error:
+        raise ConfigError(f"cluster.address: cannot connect to Ray at {address!r}: {error}") from error
 
 
 def _quiet_data(config: ClusterConfig) -> None:

@@ -26,10 +26,11 @@ class ClusterConfig(Policy):
     gpus_per_actor: Annotated[float, Field(ge=0)] | None = None
     decode_children: Annotated[int, Field(ge=1)] | None = None
     """Decode processes per encode actor."""
-    max_attempts: Annotated[int, Field(ge=1)] = 3
-    """A shard that was begun this often without an end is not tried again."""
+    max_attempts: Annotated[int, Field(ge=2)] = 3
+    """A shard that was begun this often without an end is not tried again. From the second time on it runs alone in
+    its actor, so that only its own end counts."""
     on_poison_shard: Literal["stop", "set_aside"] = "stop"
-    shard_timeout_minutes: Annotated[float, Field(gt=0)] = 240.0
+    shard_timeout_minutes: Annotated[float, Field(ge=1)] = 240.0
     """Ray ends the run if nothing at all comes back for this long."""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,20 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from pipeline.dataflow import ActorShape
-from pipeline.documents import Manifest, ShardReceipt
-from pipeline.errors import PipelineError
+from pipeline.documents import Counts, Manifest, ShardReceipt
 from pipeline.run import EncodeSettings, RunLog, RunPlan
-
-
-@contextmanager
-def report_errors() -> Iterator[None]:
-    """Errors a user can act on become one message and exit code 1; everything else keeps its traceback."""
-    try:
-        yield
-    except (PipelineError, ValueError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {type(error).__name__}: ", end="")
-        Console(stderr=True, markup=False, highlight=False).print(str(error))
-        sys.exit(1)
 
 
 class RunDisplay:
@@ -36,14 +23,15 @@ class RunDisplay:
         self._progress: Progress | None = None
         self._bar = self._tiles_text = None
         self._encode_started = time.monotonic()
-        self._counts: list[ShardReceipt] = []
+        self._counts = Counts()
         self._encoders: dict[str, dict[str, float]] = {}
 
     def starting(self, settings: EncodeSettings) -> None:
         if settings.vae.is_seeded:
             self._console.print(
                 f"[yellow]The VAE {settings.vae.spec} has seeded random weights (seed {settings.vae.seed}): its "
-                "latents show that the pipeline works and mean nothing to a model.[/]"
+                "latents show that the pipeline works and mean nothing to a model.[/]",
+                soft_wrap=True,
             )
 
     def planned(self, plan: RunPlan) -> None:
@@ -52,7 +40,8 @@ class RunDisplay:
         self._console.print(
             f"{len(plan.shards)} shards, {len(plan.shards) - len(plan.todo)} committed before, "
             f"{len(plan.todo)} to encode{samples} with {identity.vae.get('name')} "
-            f"(weights {identity.weights_sha256[:12]}) into {plan.dataset.store.full_url('')}"
+            f"(weights {identity.weights_sha256[:12]}) into {plan.dataset.store.full_url('')}",
+            soft_wrap=True,
         )
 
     @contextmanager
@@ -90,7 +79,7 @@ class RunDisplay:
         progress.update(bar, figures=f"{frames:.0f} frames, {rate:.1f}/s")
 
     def committed(self, receipt: ShardReceipt) -> None:
-        self._counts.append(receipt)
+        self._counts = self._counts.plus(receipt.counts)
         if self._progress is not None and self._bar is not None:
             self._progress.advance(self._bar)
 
@@ -112,15 +101,15 @@ class RunDisplay:
         for name, number in manifest.decoders.items():
             table.add_row(f"windows read by {name}", str(number))
         self._console.print(table)
-        if self._counts:
+        if self._counts.samples:
             self._console.print(self._time_table(log))
         if manifest.set_aside:
             self._console.print(f"[yellow]set aside: {', '.join(manifest.set_aside)}[/]")
-        self._console.print(f"dataset: {plan.dataset.store.full_url('')}")
+        self._console.print(f"dataset: {plan.dataset.store.full_url('')}", soft_wrap=True)
 
     def _time_table(self, log: RunLog) -> Table:
         wall = time.monotonic() - self._encode_started
-        frames = sum(receipt.counts.frames_stored for receipt in self._counts)
+        frames = self._counts.frames_stored
         table = Table(title="this run", show_header=False, title_justify="left")
         table.add_row("wall time", f"{wall:.1f} s, start-up included")
         table.add_row("frames/s", f"{frames / wall:.1f} stored")

@@ -9,10 +9,12 @@ Start it again after anything whatever: committed shards are skipped, and the fi
 
 from __future__ import annotations
 
+import logging
 import sys
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,10 +23,12 @@ if __name__ == "__main__":  # a script's own folder comes first on its import pa
 
 from jobs.cluster import connected, decide_shape, node_resources
 from jobs.config import EncodeConfig, load_config
-from jobs.console import RunDisplay, report_errors
-from pipeline.dataflow import encode_shards
+from jobs.console import RunDisplay
+from jobs.messages import report_errors
+from pipeline.dataflow import ActorShape, encode_shards
 from pipeline.documents import Manifest
-from pipeline.run import EncodeSettings, RunLog, RunPlan, commit_all, finish_run, plan_run
+from pipeline.errors import PipelineError
+from pipeline.run import RunLog, RunPlan, commit_all, finish_run, plan_run
 
 
 def encode(
@@ -40,35 +44,41 @@ def encode(
 
 def run_encode(config: EncodeConfig) -> Manifest:
     """The whole job: plan, encode what has no receipt, write the manifest. Errors as `plan_run`, and ShardError."""
-    settings = EncodeSettings(**{name: getattr(config, name) for name in EncodeSettings.model_fields})
-    display = RunDisplay()
-    display.starting(settings)
-    plan = plan_run(settings, config.model_dump(mode="json"))
+    display, log = RunDisplay(), RunLog()
+    display.starting(config)
+    plan = plan_run(config, config.model_dump(mode="json"))
     display.planned(plan)
-    log = RunLog()
-    if plan.todo:
-        _encode_todo(config, plan, log, display)
-    manifest = finish_run(plan, log)
+    outcome, cluster = "failed", {}
+    try:
+        if plan.todo:
+            with connected(config.cluster):
+                shape = decide_shape(config.cluster, config.encode, node_resources(), len(plan.todo))
+                cluster = asdict(shape)
+                _encode_todo(config, plan, shape, log, display)
+        manifest = finish_run(plan, log)
+        outcome = "finished"
+    finally:
+        _keep_report(plan, log.report(cluster, outcome))
     display.finished(plan, manifest, log)
     return manifest
 
 
-def _encode_todo(config: EncodeConfig, plan: RunPlan, log: RunLog, display: RunDisplay) -> None:
-    outcome, cluster = "failed", {}
+def _encode_todo(config: EncodeConfig, plan: RunPlan, shape: ActorShape, log: RunLog, display: RunDisplay) -> None:
+    outcomes = encode_shards(
+        list(plan.todo), plan.job(), config.vae, config.encode, shape, on_progress=display.progress
+    )
+    set_aside = config.cluster.on_poison_shard == "set_aside"
+    with closing(outcomes), display.encoding(plan, shape):
+        for receipt in commit_all(plan, outcomes, log, set_aside_poison=set_aside):
+            display.committed(receipt)
+
+
+def _keep_report(plan: RunPlan, report: dict[str, Any]) -> None:
+    """The report is worth a warning, not the run, and never takes the place of the run's own error."""
     try:
-        with connected(config.cluster):
-            shape = decide_shape(config.cluster, config.encode, node_resources(), len(plan.todo))
-            cluster = asdict(shape)
-            outcomes = encode_shards(
-                list(plan.todo), plan.job(), config.vae, config.encode, shape, on_progress=display.progress
-            )
-            with display.encoding(plan, shape):
-                poison = config.cluster.on_poison_shard == "set_aside"
-                for receipt in commit_all(plan, outcomes, log, set_aside_poison=poison):
-                    display.committed(receipt)
-        outcome = "finished"
-    finally:
-        plan.dataset.write_run_report(log.run_id, log.report(cluster, outcome))
+        plan.dataset.write_run_report(str(report["run_id"]), report)
+    except (PipelineError, OSError) as error:
+        logging.getLogger(__name__).warning("no run report: %s", error)
 
 
 if __name__ == "__main__":

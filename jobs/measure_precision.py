@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def smooth_video(num_frames: int, height: int, width: int, *, seed: int) -> Tensor:
-    """(1, 3, T, H, W) in [-1, 1]: coarse noise interpolated in space and time, which has the spectrum of a soft clip."""
+    """(1, 3, T, H, W) in [-1, 1]: coarse noise interpolated in space and time, as a soft clip is."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(1, 3, max(2, num_frames // 4), max(2, height // 8), max(2, width // 8), generator=generator)
     return F.interpolate(coarse, size=(num_frames, height, width), mode="trilinear", align_corners=True) * 2 - 1

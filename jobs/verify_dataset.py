@@ -17,7 +17,7 @@ from rich.progress import Progress
 if __name__ == "__main__":  # a script's own folder comes first on its import path; the project's must
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from jobs.console import report_errors
+from jobs.messages import report_errors
 from pipeline.dataset import DatasetFolder
 from pipeline.sources import SourceSpec
 from pipeline.storage import Store
@@ -53,16 +53,16 @@ def run_verify(output: str, *, with_source: bool) -> VerifyReport:
         )
     for problem in report.problems[:SHOWN_PROBLEMS]:
         console.print("[red]problem:[/]", end=" ")
-        console.print(problem, markup=False)
+        console.print(problem, markup=False, soft_wrap=True)
     if len(report.problems) > SHOWN_PROBLEMS:
         console.print(f"... and {len(report.problems) - SHOWN_PROBLEMS} more")
-    if report.repeated_clip_keys:
-        console.print(f"note: {report.repeated_clip_keys} clip keys stand in more than one shard")
+    if report.set_aside:
+        console.print(f"[yellow]set aside, not in the dataset:[/] {', '.join(report.set_aside)}")
     looked_at = f"{report.shards} shards, {report.windows} windows, {report.payload_bytes:,} bytes"
     if with_source:
         looked_at += f", {report.source_clips} source clips"
     verdict = "[green]verified[/]" if report.good else f"[bold red]{len(report.problems)} problems[/]"
-    console.print(f"{verdict}: {looked_at} in {store.full_url('')}")
+    console.print(f"{verdict}: {looked_at} in {store.full_url('')}", soft_wrap=True)
     return report
 
 

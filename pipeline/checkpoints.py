@@ -49,11 +49,15 @@ class VAESource(Policy):
 
 
 def load_source(source: VAESource, *, cache: Path | None = None) -> VideoVAE:
-    """The VAE in float32 on the CPU. ConfigError if the checkpoint is missing; cvvae's ValueErrors if it is wrong."""
+    """The VAE in float32 on the CPU. ConfigError if the checkpoint is missing or wrong."""
     if source.spec is not None:
         return seeded_vae(SPECS[source.spec], source.seed)
     assert source.checkpoint is not None
-    return load_vae(fetch_checkpoint(source.checkpoint, source.options, cache=cache), dtype=torch.float32)
+    path = fetch_checkpoint(source.checkpoint, source.options, cache=cache)
+    try:
+        return load_vae(path, dtype=torch.float32)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"vae.checkpoint: {error}") from error
 
 
 def cache_folder() -> Path:
@@ -117,5 +121,7 @@ def _download(fs: Any, files: dict[str, str], folder: Path) -> None:
         for remote in files:
             fs.get_file(remote, str(staged / remote.rsplit("/", 1)[-1]))
         staged.rename(folder)
+    except OSError as error:
+        raise ConfigError(f"vae.checkpoint: fetching {', '.join(files)} broke off: {error}") from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)

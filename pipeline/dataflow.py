@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, cast
@@ -24,22 +24,24 @@ import ray.data
 import torch
 from pydantic import TypeAdapter
 from ray.data import ActorPoolStrategy
+from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.checkpoints import VAESource, load_source
-from pipeline.decode import DecodePool
-from pipeline.documents import Document, ShardReceipt
+from pipeline.decode.pool import DecodePool
 from pipeline.encoder import TileEncoder, make_deterministic
 from pipeline.errors import ConfigError, PipelineError, ShardError
 from pipeline.policies import EncodePolicy
-from pipeline.records import VideoShard
+from pipeline.records import VideoShard, printable
 from pipeline.scratch import Scratch
-from pipeline.shard import ShardEncoder, ShardJob
+from pipeline.shard import ShardEncoder, ShardFailed, ShardJob, ShardOutcome, ShardPoisoned
 
 log = logging.getLogger(__name__)
 
 PROGRESS_INTERVAL = 2.0
 CALLS_PER_ACTOR = 2
+WAIT_FOR_ACTORS_SECONDS = 600
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,24 +58,8 @@ class ActorShape:
     max_attempts: int = 3
 
 
-class ShardDone(Document):
-    """A row that came back: a stored shard whose receipt is to be written."""
-
-    shard_id: str
-    receipt: ShardReceipt
-    seconds: dict[str, float]
-    """Per stage."""
-
-
-class ShardPoisoned(Document):
-    """A row that came back: a shard that ended its actor too often."""
-
-    shard_id: str
-    attempts: int
-
-
 _SHARD = TypeAdapter(VideoShard)
-_OUTCOME: TypeAdapter[ShardDone | ShardPoisoned] = TypeAdapter(ShardDone | ShardPoisoned)
+_OUTCOME: TypeAdapter[ShardOutcome] = TypeAdapter(ShardOutcome)
 
 
 class RunMonitor:
@@ -101,10 +87,24 @@ class RunMonitor:
 
 
 class EncodeShards:
-    """The callable that Ray Data keeps in each actor: a VAE replica, its decode children, and the shard code."""
+    """The callable that Ray Data keeps in each actor: a VAE replica, its decode children, and the shard code.
+
+    What goes wrong with a shard, or with setting up, is returned as a ShardFailed: an exception would reach the
+    driver without its type and with Ray's own advice.
+    """
 
     def __init__(self, job: ShardJob, vae: VAESource, encode: EncodePolicy, shape: ActorShape, monitor: Any) -> None:
-        device = torch.device("cuda" if shape.num_gpus else "cpu")
+        self._monitor = monitor
+        self._max_attempts = shape.max_attempts
+        self._gate = _AloneGate()
+        self._encoder: ShardEncoder | str
+        try:
+            self._encoder = self._set_up(job, vae, encode, shape)
+        except Exception as error:
+            log.exception("an encoder cannot be set up")
+            self._encoder = f"an encoder cannot be set up: {_said(error)}"
+
+    def _set_up(self, job: ShardJob, vae: VAESource, encode: EncodePolicy, shape: ActorShape) -> ShardEncoder:
         make_deterministic(None if shape.num_gpus else shape.encode_threads)
         model = load_source(vae)
         if model.weights_sha256 != job.identity.weights_sha256:
@@ -112,38 +112,46 @@ class EncodeShards:
                 f"the VAE on this node has weights sha256 {model.weights_sha256}, "
                 f"the run was planned with {job.identity.weights_sha256}"
             )
-        self._tiles = TileEncoder(model, encode, device)
-        self._pool = DecodePool(job.decode, shape.decode_children)
-        self._encoder = ShardEncoder(job, self._tiles, self._pool, Scratch())
-        self._gate = _AloneGate()
-        self._monitor = monitor
-        self._max_attempts = shape.max_attempts
-        threading.Thread(target=self._report_for_ever, name="progress", daemon=True).start()
+        tiles = TileEncoder(model, encode, torch.device("cuda" if shape.num_gpus else "cpu"))
+        pool = DecodePool(job.decode, shape.decode_children)
+        threading.Thread(target=self._report_for_ever, args=(tiles,), name="progress", daemon=True).start()
+        return ShardEncoder(job, tiles, pool, Scratch())
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return {"outcome": [self._run(_SHARD.validate_json(row)).model_dump_json() for row in batch["shard"]]}
+        return {"outcome": [self._run(_SHARD.validate_json(row)) for row in batch["shard"]]}
 
-    def _run(self, shard: VideoShard) -> ShardDone | ShardPoisoned:
+    def _run(self, shard: VideoShard) -> str:
+        """The outcome as JSON."""
+        try:
+            return self._attempt(shard).model_dump_json()
+        except Exception as error:
+            log.exception("shard failed: shard=%s", shard.id)
+            return ShardFailed(shard_id=shard.id, error=_said(error)).model_dump_json()
+
+    def _attempt(self, shard: VideoShard) -> ShardOutcome:
+        if isinstance(self._encoder, str):
+            return ShardFailed(shard_id=shard.id, error=self._encoder)
         before = cast(int, ray.get(self._monitor.attempts.remote(shard.id)))
         if before >= self._max_attempts:
-            return ShardPoisoned(shard_id=shard.id, attempts=before)
+            return ShardPoisoned(shard_id=shard.id, poison_attempts=before)
         with self._gate.enter(alone=before > 0):
             ray.get(self._monitor.begin.remote(shard.id))
-            try:
-                outcome = self._encoder.run(shard)
-            except ShardError:
-                raise
-            except Exception as error:
-                # a shard's failure must say which shard; the cause follows it to the driver
-                raise ShardError(shard.id, f"{shard.url}: {type(error).__name__}: {error}") from error
+            outcome = self._encoder.run(shard)
             ray.get(self._monitor.end.remote(shard.id))
-        return ShardDone(shard_id=shard.id, receipt=outcome.receipt, seconds=outcome.seconds)
+        return outcome
 
-    def _report_for_ever(self) -> None:
+    def _report_for_ever(self, tiles: TileEncoder) -> None:
         encoder_id = ray.get_runtime_context().get_actor_id() or ""
         while True:
             time.sleep(PROGRESS_INTERVAL)
-            self._monitor.report.remote(encoder_id, {**asdict(self._tiles.clock)})
+            self._monitor.report.remote(encoder_id, asdict(tiles.clock))
+
+
+def _said(error: Exception) -> str:
+    """The project's own errors speak for themselves; others need their type."""
+    if isinstance(error, ShardError):
+        return error.message
+    return printable(str(error) if isinstance(error, PipelineError) else f"{type(error).__name__}: {error}")
 
 
 class _AloneGate:
@@ -189,23 +197,27 @@ def encode_shards(
     shape: ActorShape,
     *,
     on_progress: Callable[[dict[str, dict[str, float]]], None] | None = None,
-) -> Iterator[ShardDone | ShardPoisoned]:
-    """Encode and store the shards on the connected Ray cluster; yield each as it is done, in any order.
+) -> Generator[ShardOutcome, None, None]:
+    """Encode and store the shards on the connected Ray cluster; yield each outcome as it comes, in any order.
 
-    Raises ShardError, with the shard's id, when a shard fails for a reason that trying again would not mend.
+    Close the generator before the connection. PipelineError if Ray gives up: nothing came back for too long, or it
+    lost what it cannot restart.
     """
-    monitor = ray.remote(RunMonitor).options(num_cpus=0, max_concurrency=1).remote()
-    rows = ray.data.from_items(
-        [{"shard": _SHARD.dump_json(shard).decode()} for shard in shards], override_num_blocks=len(shards)
-    )
-    outcomes = rows.map_batches(
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    monitor = ray.remote(RunMonitor).options(num_cpus=0, scheduling_strategy=here).remote()
+    # With few shards the first actors to come up would take them all. A long run must not wait for its slowest node.
+    few = len(shards) <= CALLS_PER_ACTOR * shape.num_actors
+    ray.data.DataContext.get_current().wait_for_min_actors_s = WAIT_FOR_ACTORS_SECONDS if few else -1
+    items = [{"shard": _SHARD.dump_json(shard).decode()} for shard in shards]
+    rows = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         cast(Any, EncodeShards),
         batch_size=1,
         num_gpus=shape.num_gpus or None,
         num_cpus=shape.num_cpus,
         compute=ActorPoolStrategy(
             size=shape.num_actors,
-            max_tasks_in_flight_per_actor=2 * CALLS_PER_ACTOR,
+            # no more than run at once: a shard that waits in one actor's queue cannot go to one that is free
+            max_tasks_in_flight_per_actor=CALLS_PER_ACTOR,
             max_concurrent_calls_per_actor=CALLS_PER_ACTOR,
             enable_true_multi_threading=True,
         ),
@@ -213,21 +225,14 @@ def encode_shards(
     )
     with _polling(monitor, on_progress):
         try:
-            for row in outcomes.iter_rows():
+            for row in rows.iter_rows():
                 yield _OUTCOME.validate_json(row["outcome"])
-        except RayError as error:
-            raise _root_cause(error) from error
-
-
-def _root_cause(error: BaseException) -> BaseException:
-    """The project's own error inside Ray's wrapping, or the error itself."""
-    seen: BaseException | None = error
-    while seen is not None:
-        cause = getattr(seen, "cause", None)
-        if isinstance(seen, PipelineError):
-            return seen
-        seen = cause if isinstance(cause, BaseException) else seen.__cause__
-    return error
+        except (RayError, ExecutionTimeoutError) as error:
+            last = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+            raise PipelineError(
+                f"Ray ended the run: {type(error).__name__}: {last[0]}. Committed shards stay; start the run again. "
+                "(cluster.shard_timeout_minutes bounds how long nothing may come back.)"
+            ) from error
 
 
 @contextmanager

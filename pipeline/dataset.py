@@ -11,6 +11,7 @@ OUT/manifest.json, README.md     written last
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +26,7 @@ MANIFEST = "manifest.json"
 CARD = "README.md"
 SOURCE_PLACES = ("urls", "url", "root", "options")
 RECEIPT_READERS = 32
+RECEIPTS_AHEAD = 512
 _CHUNK = 1 << 20
 
 
@@ -58,9 +60,12 @@ class DatasetFolder:
         differences = list(_differences(standing, run))
         if differences:
             lines = "\n  ".join(differences)
+            way_out = "Choose another output.url, or make the config as it was."
+            if not self.receipt_ids():
+                way_out += " It holds no committed shard yet, so deleting it loses nothing."
             raise IdentityMismatch(
                 f"{self.store.full_url('')} belongs to another run (one directory holds one identity).\n  {lines}\n"
-                "Choose another output.url, or make the config as it was."
+                f"{way_out}"
             )
         return standing
 
@@ -81,12 +86,24 @@ class DatasetFolder:
         return [name.removesuffix(".json") for name in self.store.names("receipts", ".json")]
 
     def receipts(self, shard_ids: Iterable[str]) -> Iterator[ShardReceipt]:
-        """Receipts in the given order, read by several threads."""
+        """Receipts in the given order, read a few hundred ahead by several threads."""
         with ThreadPoolExecutor(RECEIPT_READERS, thread_name_prefix="receipts") as pool:
-            yield from pool.map(self.receipt, shard_ids)
+            for some in _chunks(shard_ids):
+                yield from pool.map(self.receipt, some)
 
     def commit(self, receipt: ShardReceipt) -> ShardReceipt:
-        """Write the receipt unless the shard has one; return the one that stands."""
+        """Write the receipt unless the shard has one; return the one that stands.
+
+        DatasetError if the objects it describes are not there, or a standing receipt describes others.
+        """
+        for stored in (receipt.payload, receipt.index):
+            found = self.store.info(stored.path)
+            if found is None or found.size != stored.size:
+                raise DatasetError(
+                    f"shard {receipt.shard_id}: its encoder stored {stored.size} bytes as {stored.path}, the driver "
+                    f"finds {'nothing' if found is None else found.size} at {self.store.full_url(stored.path)}. "
+                    "Is output.url on storage that all nodes share?"
+                )
         if self.store.create(receipt_name(receipt.shard_id), receipt.to_bytes()):
             return receipt
         standing = self.receipt(receipt.shard_id)
@@ -110,6 +127,13 @@ class DatasetFolder:
             return self.store.read_bytes(name)
         except FileNotFoundError as error:
             raise DatasetError(f"{self.store.full_url(name)} does not exist") from error
+
+
+def _chunks(shard_ids: Iterable[str]) -> Iterator[list[str]]:
+    """Thread pools take all their work at once; a hundred thousand receipts are too many to hold."""
+    remaining = iter(shard_ids)
+    while some := list(itertools.islice(remaining, RECEIPTS_AHEAD)):
+        yield some
 
 
 def _differences(standing: RunFile, wanted: RunFile) -> Iterator[str]:

@@ -133,6 +133,7 @@ class TileEncoder:
             "device": device,
             "threads": threads,
             "batch_pixels": self.policy.batch_pixels,
+            "tail_batch_share": _TAIL_BATCH_SHARE,
             "memory_format": str(self._memory_format).removeprefix("torch."),
             "compile": self.policy.compile,
             "cudnn": torch.backends.cudnn.version() if self.device.type == "cuda" else None,

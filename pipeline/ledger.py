@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 
-from pipeline.decode import ClipDone, ClipSummary
+from pipeline.decode.clips import ClipSummary
+from pipeline.decode.pool import ClipDone
 from pipeline.documents import Counts
+from pipeline.errors import RejectionClass
 from pipeline.records import LatentRow, Rejection
 
 
@@ -19,6 +20,19 @@ class ClipAttempt:
     rejected: list[Rejection] = field(default_factory=list)
 
 
+class ClipLost(Exception):
+    """A clip ended its decode children after it had given windows."""
+
+    def __init__(self, rejection: Rejection) -> None:
+        super().__init__(rejection.message)
+        self.rejection = rejection
+
+
+TIMING_DEPENDENT = frozenset(
+    name.value for name in (RejectionClass.TIMEOUT, RejectionClass.OUT_OF_MEMORY, RejectionClass.DECODER_CRASHED)
+)
+
+
 class ShardLedger:
     """Collects outcomes while a shard is encoded; reads them out once it is done."""
 
@@ -27,9 +41,12 @@ class ShardLedger:
         self._attempts: dict[str, ClipAttempt] = {}
         self._summaries: list[ClipSummary] = []
         self._refused: list[Rejection] = []
+        self._gave_windows: set[str] = set()
+        """Keys of clips that gave windows in any attempt."""
 
     def attempt(self, clip_key: str) -> ClipAttempt:
-        """The valid attempt at a clip."""
+        """The valid attempt at a clip that has given a window."""
+        self._gave_windows.add(clip_key)
         return self._attempts.setdefault(clip_key, ClipAttempt())
 
     def retract(self, clip_key: str) -> None:
@@ -39,8 +56,14 @@ class ShardLedger:
             attempt.valid = False
 
     def finish(self, done: ClipDone) -> None:
-        """A clip came to its end: encoded, or rejected as a whole."""
+        """A clip came to its end: encoded, or rejected as a whole.
+
+        ClipLost if it is rejected for something that depends on timing after it has given windows: how many of them
+        reached the batches is chance, so the shard must be encoded again without the clip.
+        """
         if done.rejection is not None:
+            if done.rejection.error_class in TIMING_DEPENDENT and done.clip.key in self._gave_windows:
+                raise ClipLost(done.rejection)
             self.retract(done.clip.key)
             self._refused.append(done.rejection)
         else:
@@ -57,10 +80,9 @@ class ShardLedger:
     def store_window(self, row: LatentRow, attempt: ClipAttempt) -> None:
         attempt.stored.append(row)
 
-    def is_stored(self, row: LatentRow) -> bool:
-        """Whether this very row counts (a retracted attempt may have left one with the same key in the spool)."""
-        attempt = self._attempts.get(row.clip_key)
-        return attempt is not None and any(row is kept for kept in attempt.stored)
+    def stored_rows(self) -> list[LatentRow]:
+        """The rows that count. A retracted attempt may have left others with the same keys in the spool."""
+        return [row for attempt in self._attempts.values() for row in attempt.stored]
 
     def rejections(self) -> list[Rejection]:
         """In an order that does not depend on timing."""
@@ -70,8 +92,7 @@ class ShardLedger:
         )
 
     def counts(self) -> Counts:
-        rows = self._rows()
-        rejected_windows = sum(len(attempt.rejected) for attempt in self._attempts.values())
+        rows = self.stored_rows()
         rejected_clips = sum(rejection.scope == "clip" for rejection in self._refused)
         return Counts(
             samples=len(self._summaries) + rejected_clips,
@@ -79,7 +100,7 @@ class ShardLedger:
             clips_rejected=rejected_clips,
             windows_decoded=sum(summary.windows for summary in self._summaries),
             windows_stored=len(rows),
-            windows_rejected=rejected_windows,
+            windows_rejected=sum(len(attempt.rejected) for attempt in self._attempts.values()),
             frames_decoded=sum(summary.decoded_frames for summary in self._summaries),
             frames_sampled=sum(summary.sampled_frames for summary in self._summaries),
             frames_stored=sum(row.num_frames for row in rows),
@@ -88,12 +109,3 @@ class ShardLedger:
                 summary.dropped_tail_frames + summary.trimmed_frames for summary in self._summaries
             ),
         )
-
-    def buckets(self) -> dict[str, int]:
-        return dict(sorted(Counter(row.bucket for row in self._rows()).items()))
-
-    def decoders(self) -> dict[str, int]:
-        return dict(sorted(Counter(row.source.decoder for row in self._rows()).items()))
-
-    def _rows(self) -> list[LatentRow]:
-        return [row for attempt in self._attempts.values() for row in attempt.stored]

@@ -95,10 +95,10 @@ def _stage(content: bytes | Path, staging: Path) -> Path:
 def _open_new(path: Path) -> BinaryIO:
     """Another writer may remove the empty folder between our making it and our using it."""
     for _ in range(100):
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             return path.open("xb")
-        except FileNotFoundError:
+        except (FileNotFoundError, FileExistsError):  # the folder went between two steps, of mkdir's own even
             continue
     raise FileNotFoundError(path)
 

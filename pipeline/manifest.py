@@ -1,4 +1,4 @@
-"""Receipts to totals: the manifest, the dataset card."""
+"""Rows and receipts to totals: the manifest, the dataset card."""
 
 from __future__ import annotations
 
@@ -6,7 +6,16 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from pipeline.documents import Counts, Manifest, ManifestShard, RunFile, ShardReceipt
+from pipeline.records import LatentRow
 from pipeline.stats import ChannelStatistics
+
+
+def rows_per_bucket(rows: Iterable[LatentRow]) -> dict[str, int]:
+    return dict(sorted(Counter(row.bucket for row in rows).items()))
+
+
+def rows_per_decoder(rows: Iterable[LatentRow]) -> dict[str, int]:
+    return dict(sorted(Counter(row.source.decoder for row in rows).items()))
 
 
 def build_manifest(run: RunFile, receipts: Iterable[ShardReceipt], set_aside: Sequence[str]) -> Manifest:

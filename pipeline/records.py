@@ -135,13 +135,19 @@ class Rejection:
         cls, error: ClipError, *, key: str, shard_id: str, scope: Literal["clip", "window", "shard"] = "clip"
     ) -> Rejection:
         return cls(
-            key=key,
+            key=printable(key),
             shard_id=shard_id,
             scope=scope,
             stage=error.stage,
             error_class=error.error_class.value,
-            message=error.message[:500],
+            message=printable(error.message)[:500],
         )
+
+
+def printable(text: str) -> str:
+    """The text with undecodable bytes shown as \\xNN, so that it can be stored in UTF-8."""
+    shown = (f"\\x{ord(c) - 0xDC00:02x}" if "\udc80" <= c <= "\udcff" else c for c in text)
+    return "".join(shown).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def bucket_name(time: int, height: int, width: int) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import platform
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from cvvae import VAESpec
 from pipeline.checkpoints import VAESource, load_source
 from pipeline.dataset import DatasetFolder, require_unchanged
 from pipeline.documents import Manifest, RunFile, RunIdentity, ShardReceipt
-from pipeline.errors import ConfigError, IdentityMismatch, PipelineError, PoisonShard
+from pipeline.errors import ConfigError, IdentityMismatch, PipelineError, PoisonShard, ShardError
 from pipeline.manifest import build_manifest, dataset_card
 from pipeline.policies import (
     DecodePolicy,
@@ -29,7 +29,7 @@ from pipeline.policies import (
     WindowPolicy,
 )
 from pipeline.records import VideoShard
-from pipeline.shard import ShardJob
+from pipeline.shard import ShardFailed, ShardJob, ShardOutcome, ShardPoisoned, ShardStored
 from pipeline.sources import SourceSpec, count_samples, plan_source
 from pipeline.storage import Store
 
@@ -66,8 +66,6 @@ class RunPlan:
     run_file: RunFile
     shards: tuple[VideoShard, ...]
     todo: tuple[VideoShard, ...]
-    receipts: dict[str, ShardReceipt]
-    """Of the shards committed before this run."""
     samples_todo: int | None
     """Samples in `todo`, where a table or the sidecars say so."""
 
@@ -115,16 +113,13 @@ def plan_run(settings: EncodeSettings, config: dict[str, Any]) -> RunPlan:
             config=config,
         )
     )
-    receipts = {receipt.shard_id: receipt for receipt in dataset.receipts(dataset.receipt_ids())}
-    _check_receipts(receipts, source.shards, run_file)
-    todo = tuple(shard for shard in source.shards if shard.id not in receipts)
+    todo = _without_committed(dataset, source.shards, run_file)
     return RunPlan(
         settings=settings,
         dataset=dataset,
         run_file=run_file,
         shards=source.shards,
         todo=todo,
-        receipts=receipts,
         samples_todo=count_samples(todo, settings.source),
     )
 
@@ -143,16 +138,21 @@ def check_geometry(spec: VAESpec, settings: EncodeSettings) -> None:
             raise ConfigError(f"resize.buckets: [{height}, {width}]: {error}") from error
 
 
-def _check_receipts(receipts: dict[str, ShardReceipt], shards: tuple[VideoShard, ...], run_file: RunFile) -> None:
-    for receipt in receipts.values():
+def _without_committed(
+    dataset: DatasetFolder, shards: tuple[VideoShard, ...], run_file: RunFile
+) -> tuple[VideoShard, ...]:
+    """The shards that have no receipt. Receipts are checked one by one and not kept."""
+    todo = {shard.id: shard for shard in shards}
+    for receipt in dataset.receipts(dataset.receipt_ids()):
         if receipt.fingerprint != run_file.fingerprint:
             raise IdentityMismatch(
                 f"receipt of shard {receipt.shard_id} has fingerprint {receipt.fingerprint}, "
                 f"run.json has {run_file.fingerprint}"
             )
-    for shard in shards:
-        if shard.id in receipts:
-            require_unchanged(shard, receipts[shard.id])
+        shard = todo.pop(receipt.shard_id, None)
+        if shard is not None:
+            require_unchanged(shard, receipt)
+    return tuple(todo.values())
 
 
 @dataclass(slots=True)
@@ -186,39 +186,44 @@ class RunLog:
 
 
 def commit_all(
-    plan: RunPlan, outcomes: Iterator[Any], log: RunLog, *, set_aside_poison: bool
+    plan: RunPlan, outcomes: Iterable[ShardOutcome], log: RunLog, *, set_aside_poison: bool
 ) -> Iterator[ShardReceipt]:
     """Write the receipt of each stored shard as it comes back; yield the receipt that stands.
 
-    Raises PoisonShard for a shard that ended its actor too often, unless such shards are to be set aside.
+    Raises ShardError for a shard that failed, PoisonShard for one that ended its actor too often, unless such shards
+    are to be set aside.
     """
     for outcome in outcomes:
-        attempts = getattr(outcome, "attempts", None)
-        if attempts is not None:
-            if not set_aside_poison:
+        match outcome:
+            case ShardStored(receipt=receipt, seconds=seconds):
+                standing = plan.dataset.commit(receipt)
+                log.note(standing.shard_id, seconds)
+                yield standing
+            case ShardFailed(shard_id=shard_id, error=error):
+                raise ShardError(shard_id, error)
+            case ShardPoisoned(shard_id=shard_id) if set_aside_poison:
+                log.set_aside.append(shard_id)
+            case ShardPoisoned(shard_id=shard_id, poison_attempts=attempts):
                 raise PoisonShard(
-                    outcome.shard_id,
+                    shard_id,
                     f"ended its encode actor {attempts} times. Look at its clips, raise the actor's memory, or set "
                     "cluster.on_poison_shard: set_aside to go on without it.",
                 )
-            log.set_aside.append(outcome.shard_id)
-            continue
-        receipt = plan.dataset.commit(outcome.receipt)
-        plan.receipts[receipt.shard_id] = receipt
-        log.note(outcome.shard_id, outcome.seconds)
-        yield receipt
 
 
 def finish_run(plan: RunPlan, log: RunLog) -> Manifest:
-    """Write card and manifest from the receipts. PipelineError if a shard has none and was not set aside."""
-    missing = [shard.id for shard in plan.shards if shard.id not in plan.receipts and shard.id not in log.set_aside]
+    """Write card and manifest from the receipts that stand now, whoever wrote them.
+
+    PipelineError if a shard has none and was not set aside.
+    """
+    committed = plan.dataset.receipt_ids()
+    set_aside = sorted(set(log.set_aside) - set(committed))
+    missing = {shard.id for shard in plan.shards} - set(committed) - set(set_aside)
     if missing:
         raise PipelineError(
-            f"{len(missing)} of {len(plan.shards)} shards came to no end, the first is {missing[0]}: "
+            f"{len(missing)} of {len(plan.shards)} shards came to no end, the first is {min(missing)}: "
             "the manifest is not written. Start the run again."
         )
-    manifest = build_manifest(
-        plan.run_file, (plan.receipts[name] for name in sorted(plan.receipts)), sorted(log.set_aside)
-    )
+    manifest = build_manifest(plan.run_file, plan.dataset.receipts(committed), set_aside)
     plan.dataset.finish(manifest, dataset_card(manifest))
     return manifest

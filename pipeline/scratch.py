@@ -1,10 +1,11 @@
-"""Local scratch space of an encode actor that is given back even if the actor is killed.
+"""Local scratch space of an encode actor; what a killed one leaves is given back when the next one starts.
 
-Each process holds a lock on its folder; whoever starts later on the node removes the folders nobody holds.
+Each process holds a lock on its folder; whoever starts later removes the folders nobody holds.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import uuid
@@ -17,12 +18,17 @@ from filelock import FileLock, Timeout
 _LOCK_SUFFIX = ".lock"
 
 
+def default_root() -> Path:
+    """A folder of this user's in the system's temporary folder ($TMPDIR)."""
+    return Path(tempfile.gettempdir()) / f"cvvae-latents-{os.getuid()}"
+
+
 class Scratch:
-    """A folder of this process under `root` (default: the system's temporary folder, $TMPDIR)."""
+    """A folder of this process under `root`."""
 
     def __init__(self, root: Path | None = None) -> None:
-        self._root = root or Path(tempfile.gettempdir()) / "cvvae-latents"
-        self._root.mkdir(parents=True, exist_ok=True)
+        self._root = root or default_root()
+        self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._remove_abandoned()
         self.path = self._root / uuid.uuid4().hex
         self._lock = FileLock(f"{self.path}{_LOCK_SUFFIX}")

@@ -11,8 +11,10 @@ Plain Python: no Ray in here, so that everything but the scheduling is tested wi
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,13 @@ import torch
 
 from cvvae import DiagonalGaussian
 from pipeline.dataset import describe_file, describe_stored, index_name, shard_name
-from pipeline.decode import ClipDone, ClipRetracted, DecodePool, WindowReady
-from pipeline.documents import RejectionRecord, RunIdentity, ShardReceipt, SourceRecord, StoredObject
+from pipeline.decode.pool import ClipDone, ClipRetracted, DecodeEvent, DecodePool, WindowReady
+from pipeline.documents import Document, RejectionRecord, RunIdentity, ShardReceipt, SourceRecord, StoredObject
 from pipeline.encoder import DTYPES, StageClock, TileBatcher, TileEncoder
-from pipeline.errors import ClipError, RejectionClass, ShardError
+from pipeline.errors import ClipError, DatasetError, RejectionClass, ShardError
 from pipeline.formats import FORMATS, ShardHeader, write_index
-from pipeline.ledger import ClipAttempt, ShardLedger
+from pipeline.ledger import ClipAttempt, ClipLost, ShardLedger
+from pipeline.manifest import rows_per_bucket, rows_per_decoder
 from pipeline.policies import DecodePolicy, FormatName, ResizePolicy, WindowPolicy
 from pipeline.prefetch import prefetched
 from pipeline.records import Clip, Latent, LatentRow, Rejection, VideoShard, Window
@@ -34,6 +37,8 @@ from pipeline.sources import SourceDigest, SourceSpec, read_shard
 from pipeline.spool import LatentSpool
 from pipeline.stats import ChannelStatistics
 from pipeline.storage import Store, redact
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,13 +54,31 @@ class ShardJob:
     store: Store
 
 
-@dataclass(frozen=True, slots=True)
-class ShardOutcome:
+class ShardStored(Document):
     """A stored shard, not yet committed: the driver writes the receipt."""
 
+    shard_id: str
     receipt: ShardReceipt
     seconds: dict[str, float]
     """Per stage; stages of one shard overlap those of another."""
+
+
+class ShardPoisoned(Document):
+    """A shard that ended its encode actor too often to be tried again."""
+
+    shard_id: str
+    poison_attempts: int
+
+
+class ShardFailed(Document):
+    """A shard that failed for a reason that trying again would not mend. Data, since an exception would lose its
+    type and its shard on the way through Ray."""
+
+    shard_id: str
+    error: str
+
+
+ShardOutcome = ShardStored | ShardPoisoned | ShardFailed
 
 
 class ShardEncoder:
@@ -69,44 +92,69 @@ class ShardEncoder:
         self._format = FORMATS[job.format]
         self._storage_dtype = DTYPES[job.identity.storage_dtype]
 
-    def run(self, shard: VideoShard) -> ShardOutcome:
+    def run(self, shard: VideoShard) -> ShardStored:
         """Encode and store one shard. ShardError if what is stored under its name cannot be ours."""
         clock = StageClock()
+        lost: dict[str, Rejection] = {}
+        while True:
+            try:
+                return self._run_without(lost, shard, clock)
+            except ClipLost as clip:
+                # What it gave before it was lost has shifted the batches by a number of windows that chance decides.
+                # Without it they are those of the other clips alone, in this run as in any other.
+                log.warning("shard starts over without a clip: shard=%s clip=%s", shard.id, clip.rejection.key)
+                lost[clip.rejection.key] = clip.rejection
+
+    def _run_without(self, lost: dict[str, Rejection], shard: VideoShard, clock: StageClock) -> ShardStored:
+        """One pass over the shard; `lost` clips are rejected unseen."""
         ledger = ShardLedger(shard.id)
         with self._scratch.folder(shard.id) as folder:
             with LatentSpool(folder / "spool") as spool:
-                digest = self._encode_clips(shard, spool, ledger, clock)
+                digest = self._encode_clips(shard, spool, ledger, lost, clock)
                 with clock.measure("write"):
                     written = self._write(shard, spool, ledger, folder)
+            counts = ledger.counts()
+            counts.check(f"shard {shard.id}")
+            assert len(written.rows) == counts.windows_stored, "the ledger and the payload hold the same windows"
             with clock.measure("store"):
                 stored = self._store(shard, written, folder)
-        receipt = self._receipt(shard, digest, ledger, stored)
-        receipt.counts.check(f"shard {shard.id}")
-        return ShardOutcome(receipt, clock.seconds)
+        return ShardStored(
+            shard_id=shard.id, receipt=self._receipt(shard, digest, ledger, stored), seconds=clock.seconds
+        )
 
     def _encode_clips(
-        self, shard: VideoShard, spool: LatentSpool, ledger: ShardLedger, clock: StageClock
+        self,
+        shard: VideoShard,
+        spool: LatentSpool,
+        ledger: ShardLedger,
+        lost: dict[str, Rejection],
+        clock: StageClock,
     ) -> SourceDigest:
         digest = SourceDigest()
         batcher: TileBatcher[_Ticket] = self._encoder.batcher(clock)
         samples = read_shard(shard, self.job.source, max_clip_bytes=self.job.decode.max_clip_bytes, digest=digest)
         with prefetched(samples, depth=2) as ahead:
-            events = self._pool.decode(
-                _clips_only(ahead, ledger), self.job.windows, self.job.resize, self._encoder.spec.time_stride
-            )
-            for event in clock.waits("wait for decode", events):
-                match event:
-                    case WindowReady(window, clip):
-                        ticket = _Ticket(self._row(window, clip), ledger.attempt(clip.key))
-                        for done, posterior in batcher.add(window.frames_THWC, ticket):
-                            self._keep(done, posterior, spool, ledger)
-                    case ClipRetracted(clip):
-                        ledger.retract(clip.key)
-                    case ClipDone():
-                        ledger.finish(event)
+            clips = _clips_only(ahead, ledger, lost)
+            stride = self._encoder.spec.time_stride
+            with closing(self._pool.decode(clips, self.job.windows, self.job.resize, stride)) as events:
+                for event in clock.waits("wait for decode", events):
+                    self._take(event, batcher, spool, ledger)
             for done, posterior in batcher.flush():
                 self._keep(done, posterior, spool, ledger)
         return digest
+
+    def _take(
+        self, event: DecodeEvent, batcher: TileBatcher[_Ticket], spool: LatentSpool, ledger: ShardLedger
+    ) -> None:
+        match event:
+            case WindowReady(window, clip):
+                ticket = _Ticket(self._row(window, clip), ledger.attempt(clip.key))
+                for done, posterior in batcher.add(window.frames_THWC, ticket):
+                    self._keep(done, posterior, spool, ledger)
+            case ClipRetracted(clip):
+                ledger.retract(clip.key)
+            case ClipDone():
+                ledger.finish(event)
 
     def _keep(self, ticket: _Ticket, posterior: DiagonalGaussian, spool: LatentSpool, ledger: ShardLedger) -> None:
         """Spool a window's latent, or reject it if it is not finite in the storage dtype."""
@@ -165,7 +213,8 @@ class ShardEncoder:
         )
 
     def _write(self, shard: VideoShard, spool: LatentSpool, ledger: ShardLedger, folder: Path) -> _WrittenShard:
-        latents = spool.ordered(lambda row: ledger.is_stored(row))
+        stored = {id(row) for row in ledger.stored_rows()}
+        latents = spool.ordered(lambda row: id(row) in stored)
         return self._write_files(shard, latents, self._header(shard), folder)
 
     def _write_files(
@@ -219,23 +268,33 @@ class ShardEncoder:
     ) -> _WrittenShard:
         """Describe a whole object that another attempt with other numerics stored first.
 
-        It must hold the same windows under the same identity; writing its latents again must give its bytes.
+        It must hold the same windows of the same clips under the same identity, and writing its latents again must
+        give its bytes. ShardError says which of these is not so.
         """
         adopted = folder / "adopted"
         adopted.mkdir()
-        with self.job.store.open_seekable(standing.path) as file:
-            header = self._format.read_header(file)
-            file.seek(0)
-            again = self._write_files(shard, self._format.read(file), header, adopted)
-        same_rows = [row.key for row in again.rows] == [row.key for row in written.rows]
-        if header.fingerprint != self.job.identity.fingerprint or not same_rows or again.payload != standing:
+        where = self.job.store.full_url(standing.path)
+        try:
+            with self.job.store.open_seekable(standing.path) as file:
+                header = self._format.read_header(file)
+                again = self._write_files(shard, self._format.read(file), header, adopted)
+        except DatasetError as error:
             raise ShardError(
-                shard.id,
-                f"{self.job.store.full_url(standing.path)} was stored by another attempt and holds something else "
-                f"(expected {len(written.rows)} windows of identity {self.job.identity.fingerprint[:12]}, got "
-                f"{len(again.rows)} of {header.fingerprint[:12]}); delete it to encode the shard again",
-            )
-        return again
+                shard.id, f"{where} is damaged ({error}); delete it to encode the shard again"
+            ) from error
+        if header.fingerprint != self.job.identity.fingerprint:
+            difference = f"its identity is {header.fingerprint}, this run's {self.job.identity.fingerprint}"
+        elif [_content(row) for row in again.rows] != [_content(row) for row in written.rows]:
+            difference = f"it holds {len(again.rows)} windows, not the {len(written.rows)} of this source"
+        elif again.payload != standing:
+            difference = f"it was written by other library versions ({header.numerics.get('libraries')})"
+        else:
+            return again
+        raise ShardError(
+            shard.id,
+            f"{where} was stored by another attempt and holds something else: {difference}; "
+            "delete it to encode the shard again",
+        )
 
     def _receipt(
         self, shard: VideoShard, digest: SourceDigest, ledger: ShardLedger, stored: _WrittenShard
@@ -256,8 +315,8 @@ class ShardEncoder:
             index=stored.index,
             numerics=stored.numerics,
             counts=ledger.counts(),
-            buckets=ledger.buckets(),
-            decoders=ledger.decoders(),
+            buckets=rows_per_bucket(stored.rows),
+            decoders=rows_per_decoder(stored.rows),
             statistics=stored.statistics,
             rejections=tuple(
                 RejectionRecord(**{k: v for k, v in asdict(rejection).items() if k != "shard_id"})
@@ -285,13 +344,23 @@ class _WrittenShard:
     rows: list[LatentRow]
 
 
-def _clips_only(samples: Iterator[Clip | Rejection], ledger: ShardLedger) -> Iterator[Clip]:
-    """Samples refused while reading go to the ledger, the others to the decoders."""
+def _content(row: LatentRow) -> LatentRow:
+    """The row without what may differ between two attempts that mean the same numbers."""
+    return replace(row, source=replace(row.source, decoder=""))
+
+
+def _clips_only(
+    samples: Iterator[Clip | Rejection], ledger: ShardLedger, lost: dict[str, Rejection]
+) -> Iterator[Clip]:
+    """Samples refused while reading, or lost before, go to the ledger; the others to the decoders."""
     for sample in samples:
-        if isinstance(sample, Clip):
-            yield sample
-        else:
+        if isinstance(sample, Rejection):
             ledger.reject_sample(sample)
+        elif sample.key in lost:
+            sample.video.close()
+            ledger.reject_sample(lost[sample.key])
+        else:
+            yield sample
 
 
 def _require_finite(latent_CTHW: torch.Tensor, name: str) -> None:

@@ -9,11 +9,10 @@ recomputes the hash that pairs key, video bytes and caption.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pyarrow as pa
 import torch
 
 from pipeline.dataset import DatasetFolder, describe_file
@@ -21,7 +20,7 @@ from pipeline.documents import Manifest, RunFile, ShardReceipt, StoredObject
 from pipeline.encoder import DTYPES
 from pipeline.errors import DatasetError, PipelineError
 from pipeline.formats import FORMATS, IndexRow, read_index, read_payload
-from pipeline.manifest import build_manifest
+from pipeline.manifest import build_manifest, rows_per_bucket, rows_per_decoder
 from pipeline.records import Clip, Latent, VideoShard
 from pipeline.sources import SourceDigest, SourceSpec, read_shard
 from pipeline.stats import ChannelStatistics
@@ -37,8 +36,8 @@ class VerifyReport:
     payload_bytes: int = 0
     source_clips: int = 0
     problems: list[str] = field(default_factory=list)
-    repeated_clip_keys: int = 0
-    """Clip keys that stand in more than one shard: allowed, but ambiguous to a reader that goes by key alone."""
+    set_aside: tuple[str, ...] = ()
+    """Shards that are not in the dataset because they ended their encode actor too often."""
 
     @property
     def good(self) -> bool:
@@ -53,29 +52,36 @@ def verify_dataset(
     folder = DatasetFolder(store)
     try:
         run, manifest = folder.run_file(), folder.manifest()
-        receipts = list(folder.receipts(folder.receipt_ids()))
+        ids = folder.receipt_ids()
+        report.problems += _document_problems(run, manifest, folder.receipts(ids))
+        report.set_aside = manifest.set_aside
     except DatasetError as error:
         report.problems.append(str(error))
         return report
-    report.problems += _document_problems(run, manifest, receipts)
-    seen: set[str] = set()
-    for number, receipt in enumerate(receipts):
+    report.problems += _stray_objects(store, run, ids)
+    for number, shard_id in enumerate(ids):
         if on_shard is not None:
-            on_shard(number, len(receipts))
-        report.problems += [f"shard {receipt.shard_id}: {text}" for text in _check_shard(store, run, receipt, report)]
-        keys = _clip_keys(store, receipt)
-        report.repeated_clip_keys += len(keys & seen)
-        seen |= keys
-        if source is not None:
-            report.problems += [
-                f"shard {receipt.shard_id}: source: {text}" for text in _check_source(store, receipt, source, report)
-            ]
+            on_shard(number, len(ids))
+        receipt = folder.receipt(shard_id)
+        with tempfile.TemporaryDirectory(prefix="latents-verify-") as scratch:
+            found = list(_check_shard(store, run, receipt, Path(scratch), report, source))
+        report.problems += [f"shard {shard_id}: {text}" for text in found]
     if on_shard is not None:
-        on_shard(len(receipts), len(receipts))
+        on_shard(len(ids), len(ids))
     return report
 
 
-def _document_problems(run: RunFile, manifest: Manifest, receipts: list[ShardReceipt]) -> Iterator[str]:
+def _stray_objects(store: Store, run: RunFile, ids: list[str]) -> Iterator[str]:
+    """Objects that no receipt describes would be read by whoever takes all of a folder."""
+    suffix = FORMATS[run.format].suffix
+    for folder, ending in (("shards", suffix), ("index", ".parquet")):
+        known = {f"{shard_id}{ending}" for shard_id in ids}
+        for name in store.names(folder, ""):
+            if name not in known:
+                yield f"{folder}/{name} has no receipt: left by an attempt that was not finished; delete it"
+
+
+def _document_problems(run: RunFile, manifest: Manifest, receipts: Iterable[ShardReceipt]) -> Iterator[str]:
     if run.identity.fingerprint != run.fingerprint:
         yield f"run.json: fingerprint {run.fingerprint} is not that of its identity ({run.identity.fingerprint})"
     try:
@@ -88,25 +94,38 @@ def _document_problems(run: RunFile, manifest: Manifest, receipts: list[ShardRec
             yield f"manifest.json: {name} is not what the receipts add up to"
 
 
-def _check_shard(store: Store, run: RunFile, receipt: ShardReceipt, report: VerifyReport) -> Iterator[str]:
+def _check_shard(
+    store: Store,
+    run: RunFile,
+    receipt: ShardReceipt,
+    scratch: Path,
+    report: VerifyReport,
+    source: SourceSpec | None,
+) -> Iterator[str]:
     report.shards += 1
     report.payload_bytes += receipt.payload.size
     if receipt.fingerprint != run.fingerprint:
         yield f"receipt has fingerprint {receipt.fingerprint}, run.json has {run.fingerprint}"
-    with tempfile.TemporaryDirectory(prefix="latents-verify-") as folder:
-        files: list[Path] = []
-        for stored in (receipt.payload, receipt.index):
-            try:
-                path = store.local_file(stored.path, Path(folder))
-            except FileNotFoundError:
-                yield f"{stored.path} does not exist"
-                return
-            yield from _object_problems(stored, path)
-            files.append(path)
+    files: list[Path] = []
+    for stored in (receipt.payload, receipt.index):
         try:
-            yield from _content_problems(run, receipt, files[0], files[1], report)
-        except (PipelineError, ValueError, pa.ArrowException) as error:
-            yield f"cannot be read: {error}"
+            path = store.local_file(stored.path, scratch)
+        except FileNotFoundError:
+            yield f"{stored.path} does not exist"
+            return
+        yield from _object_problems(stored, path)
+        files.append(path)
+    try:
+        rows = read_index(files[1]).rows
+        yield from _content_problems(run, receipt, files[0], rows, report)
+    except (PipelineError, ValueError) as error:
+        yield f"cannot be read: {error}"
+        return
+    if source is not None:
+        try:
+            yield from _source_problems(receipt, rows, source, report)
+        except (PipelineError, OSError, ValueError) as error:
+            yield f"its source cannot be read: {error}"
 
 
 def _object_problems(stored: StoredObject, path: Path) -> Iterator[str]:
@@ -117,10 +136,9 @@ def _object_problems(stored: StoredObject, path: Path) -> Iterator[str]:
 
 
 def _content_problems(
-    run: RunFile, receipt: ShardReceipt, payload: Path, index: Path, report: VerifyReport
+    run: RunFile, receipt: ShardReceipt, payload: Path, index_rows: Sequence[IndexRow], report: VerifyReport
 ) -> Iterator[str]:
     shard_format = FORMATS[run.format]
-    index_rows = read_index(index).rows
     statistics = ChannelStatistics()
     previous: tuple[str, str] | None = None
     count = 0
@@ -148,6 +166,22 @@ def _content_problems(
         )
     if statistics != receipt.statistics:
         yield "its statistics are not those of its latents"
+    rows = [index_row.row for index_row in index_rows]
+    expected = {
+        "buckets": rows_per_bucket(rows),
+        "decoders": rows_per_decoder(rows),
+        "counts": receipt.counts.model_copy(
+            update={
+                "frames_stored": sum(row.num_frames for row in rows),
+                "frames_padded": sum(row.padded_frames for row in rows),
+                "clips_rejected": sum(rejection.scope == "clip" for rejection in receipt.rejections),
+                "windows_rejected": sum(rejection.scope == "window" for rejection in receipt.rejections),
+            }
+        ),
+    }
+    for name, value in expected.items():
+        if getattr(receipt, name) != value:
+            yield f"the {name} in its receipt are not what its index and rejections add up to"
 
 
 def _latent_problems(run: RunFile, latent: Latent) -> Iterator[str]:
@@ -182,21 +216,11 @@ def _offset_problems(latent: Latent, index_row: IndexRow, file: object) -> Itera
         yield f"{latent.row.key}: the index's offset leads to other numbers"
 
 
-def _clip_keys(store: Store, receipt: ShardReceipt) -> set[str]:
-    with tempfile.TemporaryDirectory(prefix="latents-verify-") as folder:
-        try:
-            rows = read_index(store.local_file(receipt.index.path, Path(folder))).rows
-        except (PipelineError, FileNotFoundError, ValueError, pa.ArrowException):
-            return set()  # _check_shard has said so
-    return {row.row.clip_key for row in rows}
-
-
-def _check_source(store: Store, receipt: ShardReceipt, spec: SourceSpec, report: VerifyReport) -> Iterator[str]:
+def _source_problems(
+    receipt: ShardReceipt, rows: Sequence[IndexRow], spec: SourceSpec, report: VerifyReport
+) -> Iterator[str]:
     """Every stored window's clip must be in the source with the same hash; every sample must be accounted for."""
-    expected: dict[str, str] = {}
-    with tempfile.TemporaryDirectory(prefix="latents-verify-") as folder:
-        for index_row in read_index(store.local_file(receipt.index.path, Path(folder))).rows:
-            expected[index_row.row.clip_key] = index_row.row.pair_sha256
+    expected = {index_row.row.clip_key: index_row.row.pair_sha256 for index_row in rows}
     rejected = {rejection.key for rejection in receipt.rejections if rejection.scope == "clip"}
     shard = VideoShard(
         id=receipt.shard_id,

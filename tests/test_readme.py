@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cvvae import SPECS, save_vae, seeded_vae
-from pipeline.decode import DecodePool
+from pipeline.decode.pool import DecodePool
 from pipeline.documents import RunFile, RunIdentity
 from pipeline.encoder import TileEncoder
 from pipeline.manifest import build_manifest

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -95,7 +95,7 @@ class DecodePool:
 
     def decode(
         self, clips: Iterator[Clip], windows: WindowPolicy, resize: ResizePolicy, time_stride: int
-    ) -> Iterator[DecodeEvent]:
+    ) -> Generator[DecodeEvent, None, None]:
         """Events in clip order. At most num_children + 1 clips are taken ahead; each clip's Blob is closed at its
         ClipDone, or when the iterator is closed. ConfigError if windows have no valid length."""
         check_window_length(windows, time_stride)
@@ -103,7 +103,7 @@ class DecodePool:
 
     def _decode(
         self, clips: Iterator[Clip], windows: WindowPolicy, resize: ResizePolicy, time_stride: int
-    ) -> Iterator[DecodeEvent]:
+    ) -> Generator[DecodeEvent, None, None]:
         ahead = _LookAhead()
         clips = iter(clips)
         try:

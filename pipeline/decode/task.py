@@ -23,7 +23,7 @@ class Given:
 
 @dataclass(frozen=True, slots=True)
 class Voided:
-    """What was given so far does not count."""
+    """What was given so far does not count: another backend starts from the beginning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class ClipTask:
         self._items: deque[Item] = deque()
         self._changed = threading.Condition()
         self._wake: Callable[[], None] | None = None
-        self._taken = 0
+        self._waiting = 0
         self._begun = False
         self._cancelled = False
         self._released = False
@@ -63,8 +63,7 @@ class ClipTask:
         with self._changed:
             self._changed.wait_for(lambda: self._items)
             item = self._items.popleft()
-            if isinstance(item, Given):
-                self._taken += 1
+            self._waiting -= isinstance(item, Given)
             wake = self._wake
         if wake is not None and isinstance(item, Given):
             wake()
@@ -97,13 +96,13 @@ class ClipTask:
             return True
 
     def put(self, item: Item) -> None:
+        """What was put before is delivered first, whatever it is: the sequence is a function of the clip."""
         with self._changed:
-            if isinstance(item, Voided):
-                self._taken += self._drop_windows()
             if self._cancelled and isinstance(item, Given):
                 item.window.pixels.close()
             else:
                 self._items.append(item)
+                self._waiting += isinstance(item, Given)
             self._changed.notify_all()
 
     def release(self) -> None:
@@ -119,15 +118,14 @@ class ClipTask:
             return self._cancelled
 
     @property
-    def windows_taken(self) -> int:
-        """Windows taken or dropped since the task began, over all attempts."""
+    def windows_waiting(self) -> int:
+        """Windows that nobody has taken yet."""
         with self._changed:
-            return self._taken
+            return self._waiting
 
-    def _drop_windows(self) -> int:
-        """Forget windows nobody has taken yet; how many."""
-        waiting = [item for item in self._items if isinstance(item, Given)]
-        for item in waiting:
+    def _drop_windows(self) -> None:
+        """Forget the windows nobody has taken yet."""
+        for item in [item for item in self._items if isinstance(item, Given)]:
             self._items.remove(item)
             item.window.pixels.close()
-        return len(waiting)
+        self._waiting = 0

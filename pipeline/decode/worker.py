@@ -121,22 +121,24 @@ class PoolWorker:
 
     def _serve(self, task: ClipTask) -> None:
         """Put the task's items up to its end. A child that must be killed, or dies, is replaced, and the clip is
-        tried once more."""
+        tried once more: the new child gives the same items again, and those that were put before are passed over,
+        so that who reads them sees nothing of it."""
+        sequence = _Sequence(task)
         for attempt in range(1, _ATTEMPTS + 1):
-            refused = self._attempt(task)
+            sequence.restart()
+            refused = self._attempt(task, sequence)
             if refused is None:
                 return
             logger.warning("decode child replaced: clip=%s attempt=%d why=%s", task.clip.key, attempt, refused)
             self._end_child()
-            task.put(Voided())
             if attempt == _ATTEMPTS:
                 message = f"{refused.message} ({_ATTEMPTS} attempts)"
                 task.put(Ended(None, ClipError(refused.error_class, refused.stage, message)))
 
-    def _attempt(self, task: ClipTask) -> ClipError | None:
+    def _attempt(self, task: ClipTask, sequence: _Sequence) -> ClipError | None:
         """Why the child must be replaced, if it must. Its own words are logged, not stored: they hold addresses."""
         try:
-            self._decode(task, self._living_child())
+            self._decode(task, sequence, self._living_child())
         except ClipError as error:
             return error
         except ChildDied as died:
@@ -144,10 +146,9 @@ class PoolWorker:
             return ClipError(RejectionClass.DECODER_CRASHED, "decode", "the decode child died")
         return None
 
-    def _decode(self, task: ClipTask, child: DecodeChild) -> None:
+    def _decode(self, task: ClipTask, sequence: _Sequence, child: DecodeChild) -> None:
         """One attempt. ClipError for a limit, ChildDied, PipelineError when the pool is closed meanwhile."""
-        given = acknowledged = 0
-        taken_before = task.windows_taken
+        acknowledged = 0
         child.send_job(task.job, task.clip.video)
         limits = Limits(child, self._policy)
         with selectors.DefaultSelector() as selector:
@@ -162,8 +163,7 @@ class PoolWorker:
                 if "message" in ready:
                     item = _item(child)
                     limits.progressed()
-                    task.put(item)
-                    given += isinstance(item, Given)
+                    sequence.put(item)
                     if isinstance(item, Ended):
                         return
                 if self._queue.is_closed:
@@ -171,10 +171,10 @@ class PoolWorker:
                 if task.is_cancelled:
                     self._end_child()
                     return
-                for _ in range(task.windows_taken - taken_before - acknowledged):
+                for _ in range(sequence.windows_given - task.windows_waiting - acknowledged):
                     child.send_ack(task.job)
                     acknowledged += 1
-                limits.check(waits_for_us=given - acknowledged >= task.job.windows_in_flight)
+                limits.check(waits_for_us=sequence.windows_given - acknowledged >= task.job.windows_in_flight)
 
     def _living_child(self) -> DecodeChild:
         """The child, a new one if it has ended while idle. PipelineError if none can be started."""
@@ -188,6 +188,30 @@ class PoolWorker:
         child, self._child = self._child, None
         if child is not None:
             child.kill()
+
+
+class _Sequence:
+    """A clip's items over all attempts, each put once."""
+
+    def __init__(self, task: ClipTask) -> None:
+        self._task = task
+        self._put = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """A new child begins from the clip's start."""
+        self._seen = 0
+        self.windows_given = 0
+        """By this child, those passed over included."""
+
+    def put(self, item: Given | Voided | Ended) -> None:
+        self._seen += 1
+        self.windows_given += isinstance(item, Given)
+        if self._seen > self._put:
+            self._put = self._seen
+            self._task.put(item)
+        elif isinstance(item, Given):
+            item.window.pixels.close()
 
 
 def _item(child: DecodeChild) -> Given | Voided | Ended:

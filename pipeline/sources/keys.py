@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pipeline.errors import ClipError, RejectionClass
 from pipeline.formats.contract import key_problem
+from pipeline.records import printable
 
 MAX_KEY_BYTES = 200
 
@@ -21,9 +22,3 @@ def require_safe_key(key: str) -> None:
         problem = f"key has {len(key.encode())} bytes of UTF-8, limit {MAX_KEY_BYTES}"
     if problem is not None:
         raise ClipError(RejectionClass.UNSAFE_KEY, "read", f"{printable(key)!r}: {problem}")
-
-
-def printable(key: str) -> str:
-    """The key with undecodable bytes shown as \\xNN, so that it can be stored in UTF-8."""
-    shown = (f"\\x{ord(c) - 0xDC00:02x}" if "\udc80" <= c <= "\udcff" else c for c in key)
-    return "".join(shown).encode("utf-8", "backslashreplace").decode("utf-8")

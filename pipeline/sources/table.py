@@ -25,7 +25,7 @@ from pipeline.decode.blob import Blob
 from pipeline.errors import ClipError, ConfigError, RejectionClass, SourceChanged, SourceError
 from pipeline.records import Clip, Rejection, VideoShard
 from pipeline.sources.digest import SourceDigest
-from pipeline.sources.keys import printable, require_safe_key
+from pipeline.sources.keys import require_safe_key
 from pipeline.sources.metadata import plain_json
 from pipeline.sources.spec import TableSource
 from pipeline.storage import object_info, open_seekable_url, open_stream
@@ -203,7 +203,7 @@ def read_table_shard(
             key = _fill(spec.key, row, RejectionClass.BAD_METADATA) if spec.key else key
             yield _to_clip(key, row, shard, spec, seen, max_clip_bytes)
         except ClipError as error:
-            yield Rejection.from_error(error, key=printable(key), shard_id=shard.id)
+            yield Rejection.from_error(error, key=key, shard_id=shard.id)
 
 
 def _require_planned_table(shard: VideoShard, spec: TableSource) -> None:

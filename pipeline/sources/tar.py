@@ -23,7 +23,7 @@ from pipeline.errors import ClipError, ConfigError, RejectionClass, SourceChange
 from pipeline.records import Clip, Rejection, VideoShard
 from pipeline.sources.digest import SourceDigest
 from pipeline.sources.forward import ForwardReader
-from pipeline.sources.keys import printable, require_safe_key
+from pipeline.sources.keys import require_safe_key
 from pipeline.sources.metadata import plain_json
 from pipeline.sources.sidecar import sidecar_keys, sidecar_num_rows
 from pipeline.sources.spec import WebDatasetSource
@@ -225,14 +225,14 @@ def _finish(sample: _Sample, shard: VideoShard, spec: WebDatasetSource, seen: se
         return _to_clip(sample, shard, spec, seen)
     except ClipError as error:
         sample.close()
-        return Rejection.from_error(error, key=printable(sample.key), shard_id=shard.id)
+        return Rejection.from_error(error, key=sample.key, shard_id=shard.id)
 
 
 def _to_clip(sample: _Sample, shard: VideoShard, spec: WebDatasetSource, seen: set[str]) -> Clip:
-    require_safe_key(sample.key)
     if sample.key in seen:
         raise ClipError(RejectionClass.DUPLICATE_KEY, "read", f"{sample.key!r} was seen before in this shard")
     seen.add(sample.key)
+    require_safe_key(sample.key)
     if sample.error is not None:
         raise sample.error
     metadata = _parse_metadata(sample.texts.get("json"))
@@ -292,4 +292,4 @@ def _samples_that_never_came(shard: VideoShard, spec: WebDatasetSource, seen: se
         if key not in seen:
             seen.add(key)
             error = ClipError(RejectionClass.TRUNCATED_SHARD, "read", "named by the sidecar, lost with the tar's end")
-            yield Rejection.from_error(error, key=printable(key), shard_id=shard.id)
+            yield Rejection.from_error(error, key=key, shard_id=shard.id)

@@ -128,7 +128,7 @@ def test_a_broken_download_leaves_nothing_that_looks_whole(
 
     with monkeypatch.context() as patch:
         patch.setattr(MemoryFileSystem, "get_file", broken)
-        with pytest.raises(OSError, match="gone"):
+        with pytest.raises(ConfigError, match="gone"):
             fetch_checkpoint(memory, cache=tmp_path)
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
     # a killed process cannot tidy up; the next one does

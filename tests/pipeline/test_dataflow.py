@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,9 +14,11 @@ import pytest
 
 from jobs.config import EncodeConfig
 from jobs.encode_webvid import run_encode
-from pipeline.dataflow import ActorShape, RunMonitor, ShardPoisoned, _AloneGate, require_room
-from pipeline.errors import ConfigError, PoisonShard
+from pipeline.dataflow import ActorShape, RunMonitor, _AloneGate, require_room
+from pipeline.errors import ConfigError, PoisonShard, ShardError
 from pipeline.run import RunLog, RunPlan, commit_all
+from pipeline.scratch import default_root
+from pipeline.shard import ShardPoisoned
 from pipeline.storage import Store
 from pipeline.verify import verify_dataset
 
@@ -115,7 +116,7 @@ def test_a_shard_that_ends_its_actor_too_often_is_set_aside(
     source, output = tmp_path / "source", tmp_path / "out"
     v2d_shards(source, num_shards=2, good=1, failed=0, broken=0)
     config = config_for(source, output, ray_cluster)
-    with killing_encode_actors_in(Path(tempfile.gettempdir()) / "cvvae-latents", "00001") as killed:
+    with killing_encode_actors_in(default_root(), "00001") as killed:
         manifest = run_encode(config)
     assert len(killed) == 2
     assert manifest.set_aside == ("00001",)
@@ -126,6 +127,21 @@ def test_a_shard_that_ends_its_actor_too_often_is_set_aside(
 
 
 def test_by_default_such_a_shard_stops_the_run_with_its_name() -> None:
-    outcomes = iter([ShardPoisoned(shard_id="00001", attempts=3)])
+    outcomes = iter([ShardPoisoned(shard_id="00001", poison_attempts=3)])
     with pytest.raises(PoisonShard, match=r"shard 00001: ended its encode actor 3 times"):
         list(commit_all(cast(RunPlan, None), outcomes, RunLog(), set_aside_poison=False))
+
+
+def test_errors_of_an_actor_reach_the_driver_with_their_shard(
+    v2d_shards: Callable[..., list[Path]], tmp_path: Path, ray_cluster: str
+) -> None:
+    """A payload that is not ours stands under the shard's name: one message, the project's own type."""
+    source, output = tmp_path / "source", tmp_path / "out"
+    v2d_shards(source, num_shards=1, good=1, failed=0, broken=0)
+    (output / "shards").mkdir(parents=True)
+    (output / "shards" / "00000.tar").write_bytes(b"not a latent shard")
+    with pytest.raises(ShardError, match=r"shard 00000: .*00000\.tar is damaged .*delete it") as caught:
+        run_encode(config_for(source, output, ray_cluster))
+    assert len(str(caught.value)) < 600, "no traceback inside"
+    (output / "shards" / "00000.tar").unlink()
+    assert run_encode(config_for(source, output, ray_cluster)).counts.clips_encoded == 1

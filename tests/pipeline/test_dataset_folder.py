@@ -29,6 +29,13 @@ from tests.pipeline.example_documents import identity, receipt, run_file
 from tests.s3_server import S3Server
 
 
+def commit(folder: DatasetFolder, one: ShardReceipt) -> ShardReceipt:
+    """Commit a receipt whose objects are there."""
+    for stored in (one.payload, one.index):
+        folder.store.create(stored.path, bytes(stored.size))
+    return folder.commit(one)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> DatasetFolder:
     return DatasetFolder(Store(str(tmp_path / "out")))
@@ -126,7 +133,7 @@ def test_on_s3(s3_server: S3Server) -> None:
     assert folder.claim(run_file()) == folder.claim(run_file()) == run_file()
     with pytest.raises(IdentityMismatch):
         folder.claim(run_file(format="parquet"))
-    assert folder.commit(receipt()) == folder.commit(receipt()) == receipt()
+    assert commit(folder, receipt()) == commit(folder, receipt()) == receipt()
     assert folder.receipt_ids() == ["00000"]
 
 
@@ -135,9 +142,9 @@ def test_on_s3(s3_server: S3Server) -> None:
 
 def test_a_receipt_is_written_once(folder: DatasetFolder) -> None:
     first = receipt()
-    assert folder.commit(first) == first
+    assert commit(folder, first) == first
     later = receipt(numerics={"device": "another"}, counts=Counts(samples=4, clips_rejected=4))
-    assert folder.commit(later) == first, "the one that stands is reported"
+    assert commit(folder, later) == first, "the one that stands is reported"
     assert folder.receipt("00000") == first
     assert folder.store.read_bytes(receipt_name("00000")) == first.to_bytes()
 
@@ -151,22 +158,22 @@ def test_a_receipt_is_written_once(folder: DatasetFolder) -> None:
     ],
 )
 def test_a_standing_receipt_of_something_else_is_an_error(folder: DatasetFolder, changes: dict[str, Any]) -> None:
-    folder.commit(receipt())
+    commit(folder, receipt())
     with pytest.raises(DatasetError, match=r"receipts/00000\.json: another receipt stands"):
-        folder.commit(receipt(**changes))
+        commit(folder, receipt(**changes))
     assert folder.receipt("00000") == receipt()
 
 
 def test_many_receipts_come_in_the_order_asked_for(folder: DatasetFolder) -> None:
     ids = [f"{number:05d}" for number in range(50)]
     for name in reversed(ids):
-        folder.commit(receipt(name))
+        commit(folder, receipt(name))
     assert folder.receipt_ids() == ids
     assert [one.shard_id for one in folder.receipts(reversed(ids))] == ids[::-1]
 
 
 def test_a_damaged_receipt_names_itself(folder: DatasetFolder) -> None:
-    folder.commit(receipt())
+    commit(folder, receipt())
     folder.store.replace(receipt_name("00001"), b"{")
     with pytest.raises(DatasetError, match=r"receipts/00001\.json: not JSON"):
         list(folder.receipts(["00000", "00001"]))
@@ -222,3 +229,13 @@ def test_describing_a_file_and_an_object_is_the_same(folder: DatasetFolder, tmp_
     assert described == StoredObject(path=name, size=3_000_000, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
     with pytest.raises(FileNotFoundError):
         describe_stored(folder.store, index_name("00000"))
+
+
+def test_a_receipt_of_objects_the_driver_cannot_see_is_refused(folder: DatasetFolder) -> None:
+    """Encoders on other nodes that wrote to disks of their own."""
+    with pytest.raises(DatasetError, match=r"the driver finds nothing .*storage that all nodes share"):
+        folder.commit(receipt())
+    folder.store.create("shards/00000.tar", bytes(7))
+    with pytest.raises(DatasetError, match=r"stored 100 bytes as shards/00000.tar, the driver finds 7"):
+        folder.commit(receipt())
+    assert folder.receipt_ids() == []

@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.decode import ClipDone, ClipSummary
 from pipeline.decode.blob import Blob
-from pipeline.ledger import ShardLedger
+from pipeline.decode.clips import ClipSummary
+from pipeline.decode.pool import ClipDone
+from pipeline.ledger import ClipLost, ShardLedger
+from pipeline.manifest import rows_per_bucket, rows_per_decoder
 from pipeline.records import Clip, LatentRow, Rejection, SourceVideo
 
 
@@ -36,7 +38,7 @@ def row(clip_key: str, index: int, *, decoder: str = "pyav-18", height: int = 64
     return LatentRow(**fields)
 
 
-def rejected(key: str, scope: Any = "clip", error_class: str = "timeout") -> Rejection:
+def rejected(key: str, scope: Any = "clip", error_class: str = "corrupt_frames") -> Rejection:
     return Rejection(key=key, shard_id="0", scope=scope, stage="decode", error_class=error_class, message="")
 
 
@@ -99,8 +101,10 @@ def test_counts_add_up_whatever_happens(plans: list[Any], refused_while_reading:
     assert counts.windows_stored == sum(map(sum, finished)) == len(stored)
     assert counts.windows_decoded == sum(map(len, finished))
     assert counts.frames_stored == 17 * len(stored)
-    assert all(ledger.is_stored(window) for window in stored)
-    assert not any(ledger.is_stored(window) for window in void), "not even where the key is the same"
+    assert all(any(row is window for row in ledger.stored_rows()) for window in stored)
+    assert not any(row is window for row in ledger.stored_rows() for window in void), (
+        "not even where the key is the same"
+    )
     scopes = [rejection.scope for rejection in ledger.rejections()]
     assert scopes.count("clip") == counts.clips_rejected
     assert scopes.count("window") == counts.windows_rejected
@@ -137,8 +141,8 @@ def test_totals_by_bucket_decoder_and_frame() -> None:
         ledger.store_window(window, attempt)
     ledger.finish(ClipDone(one, summary=summary(3, dropped_tail_frames=2, trimmed_frames=5)))
     one.video.close()
-    assert ledger.buckets() == {"00017x00048x00064": 1, "00017x00064x00064": 2}
-    assert ledger.decoders() == {"decord-0.6": 1, "pyav-18": 2}
+    assert rows_per_bucket(ledger.stored_rows()) == {"00017x00048x00064": 1, "00017x00064x00064": 2}
+    assert rows_per_decoder(ledger.stored_rows()) == {"decord-0.6": 1, "pyav-18": 2}
     counts = ledger.counts()
     assert (counts.frames_decoded, counts.frames_sampled, counts.frames_padded) == (60, 54, 3)
     assert counts.frames_dropped_tail == 7
@@ -151,9 +155,9 @@ def test_a_clip_refused_at_its_end_takes_its_windows_along() -> None:
     ledger.store_window(window, ledger.attempt("a"))
     ledger.finish(ClipDone(one, rejection=rejected("a")))
     one.video.close()
-    assert not ledger.is_stored(window)
+    assert ledger.stored_rows() == []
     assert ledger.counts().windows_stored == 0
-    assert ledger.buckets() == {}
+    assert rows_per_bucket(ledger.stored_rows()) == {}
 
 
 def test_a_clip_must_end_one_way() -> None:
@@ -161,3 +165,18 @@ def test_a_clip_must_end_one_way() -> None:
     with pytest.raises(AssertionError):
         ShardLedger("0").finish(ClipDone(one))
     one.video.close()
+
+
+@pytest.mark.parametrize("error_class", ["timeout", "out_of_memory", "decoder_crashed"])
+def test_a_clip_lost_to_timing_after_it_gave_windows_starts_the_shard_over(error_class: str) -> None:
+    """How many of its windows reached the batches is chance; one that gave none is an ordinary rejection."""
+    ledger = ShardLedger("0")
+    silent, talking = clip("silent"), clip("talking")
+    ledger.finish(ClipDone(silent, rejection=rejected("silent", error_class=error_class)))
+    ledger.attempt("talking")
+    ledger.retract("talking")
+    with pytest.raises(ClipLost) as caught:
+        ledger.finish(ClipDone(talking, rejection=rejected("talking", error_class=error_class)))
+    assert caught.value.rejection.key == "talking"
+    for one in (silent, talking):
+        one.video.close()

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+import signal
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 
 from cvvae import SPECS, VideoVAE, seeded_vae
-from pipeline.decode import DecodePool
+from pipeline.decode.pool import ClipDone, ClipRetracted, DecodeEvent, DecodePool, WindowReady
 from pipeline.documents import RunIdentity, ShardReceipt
 from pipeline.encoder import TileEncoder
-from pipeline.errors import ShardError
+from pipeline.errors import ClipError, RejectionClass, ShardError
 from pipeline.formats import FORMATS, read_index
 from pipeline.policies import DecodePolicy, EncodePolicy, ResizePolicy, WindowPolicy
+from pipeline.records import Rejection
 from pipeline.scratch import Scratch
 from pipeline.shard import ShardEncoder, ShardJob
 from pipeline.sources import WebDatasetSource, plan_source
@@ -163,3 +167,106 @@ def test_equal_runs_store_equal_bytes(tars: list[Path], tmp_path: Path, pool: De
     assert receipts[0].to_bytes() == receipts[1].to_bytes()
     for stored in (receipts[0].payload, receipts[0].index):
         assert (tmp_path / "a" / stored.path).read_bytes() == (tmp_path / "b" / stored.path).read_bytes()
+
+
+class KillingPool:
+    """A real pool whose children are killed when the n-th windows come, as the kernel's OOM killer would."""
+
+    def __init__(self, pool: DecodePool, at: set[int]) -> None:
+        self._pool = pool
+        self._at = at
+        self._windows = 0
+
+    def decode(self, *arguments: Any) -> Generator[DecodeEvent, None, None]:
+        for event in self._pool.decode(*arguments):
+            yield event
+            if isinstance(event, WindowReady):
+                self._windows += 1
+                if self._windows in self._at:
+                    for pid in self._pool.child_pids():
+                        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("at", [{1}, {2, 4}, {1, 2, 3, 4, 5}])
+def test_killed_decode_children_do_not_change_a_byte(
+    at: set[int], tars: list[Path], tmp_path: Path, scratch: Scratch
+) -> None:
+    """Batches of three tiles, so that a window too many would shift all that follow."""
+    encode = EncodePolicy(batch_pixels=3 * 17 * 32 * 64)
+    with DecodePool(DecodePolicy(), 1) as pool:
+        calm = run(job_for(tiny(), tars, tmp_path / "calm"), tiny(), pool, scratch, encode)
+        killed = run(
+            job_for(tiny(), tars, tmp_path / "killed"),
+            tiny(),
+            cast(DecodePool, KillingPool(pool, at)),
+            scratch,
+            encode,
+        )
+    if killed.rejections == calm.rejections:
+        assert killed.to_bytes() == calm.to_bytes()
+    else:  # two kills at one clip: it is rejected, and the shard is what it is without that clip
+        lost = {r.key for r in killed.rejections} - {r.key for r in calm.rejections}
+        assert {r.error_class for r in killed.rejections if r.key in lost} == {"decoder_crashed"}
+        killed.counts.check("killed")
+        assert killed.counts.clips_encoded == calm.counts.clips_encoded - len(lost)
+
+
+def test_a_lost_clip_leaves_the_shard_as_if_it_had_given_nothing(
+    tars: list[Path], tmp_path: Path, scratch: Scratch
+) -> None:
+    """Its decode child is killed at its second window in both attempts; another run loses it before its first."""
+    encode = EncodePolicy(batch_pixels=3 * 17 * 32 * 64)
+    receipts = []
+    for name, memory in (("late", 4096), ("early", 4096)):
+        with DecodePool(DecodePolicy(memory_mb=memory, windows_in_flight=1), 1) as pool:
+            losing = cast(DecodePool, LosingPool(pool, after=1 if name == "late" else 0))
+            receipts.append(run(job_for(tiny(), tars, tmp_path / name), tiny(), losing, scratch, encode))
+    assert receipts[0].to_bytes() == receipts[1].to_bytes()
+    assert [r.error_class for r in receipts[0].rejections if r.key == "000000000"] == ["decoder_crashed"]
+
+
+class LosingPool:
+    """A real pool in which the first clip is lost after it gave `after` windows."""
+
+    def __init__(self, pool: DecodePool, after: int) -> None:
+        self._pool = pool
+        self._after = after
+
+    def decode(self, *arguments: Any) -> Generator[DecodeEvent, None, None]:
+        given = 0
+        for event in self._pool.decode(*arguments):
+            if event.clip.key != "000000000":
+                yield event
+            elif isinstance(event, WindowReady) and given < self._after:
+                given += 1
+                yield event
+            elif isinstance(event, ClipDone):
+                if given:
+                    yield ClipRetracted(event.clip)
+                error = ClipError(RejectionClass.DECODER_CRASHED, "decode", "the decode child died (2 attempts)")
+                rejection = Rejection.from_error(error, key=event.clip.key, shard_id=event.clip.shard_id)
+                yield ClipDone(event.clip, rejection=rejection)
+
+
+def test_an_object_made_from_another_source_is_not_adopted(
+    tars: list[Path], v2d_shards: Callable[..., list[Path]], tmp_path: Path, pool: DecodePool, scratch: Scratch
+) -> None:
+    """Same keys and identity, other captions: stored before a kill, then the tar was replaced."""
+    vae = tiny()
+    job = job_for(vae, tars, tmp_path / "out")
+    run(job, vae, pool, scratch)
+    other = tmp_path / "source" / tars[0].name
+    other.parent.mkdir()
+    other.write_bytes(tars[0].read_bytes().replace(b"The white roof", b"The black roof"))
+    with pytest.raises(ShardError, match=r"not the \d+ of this source; delete it"):
+        run(replace(job, source=WebDatasetSource(urls=str(other))), vae, pool, scratch)
+
+
+def test_a_damaged_object_says_what_to_do(
+    tars: list[Path], tmp_path: Path, pool: DecodePool, scratch: Scratch
+) -> None:
+    vae = tiny()
+    job = job_for(vae, tars, tmp_path / "out")
+    job.store.create("shards/00000.tar", b"half a shard")
+    with pytest.raises(ShardError, match=r"is damaged .*delete it to encode the shard again"):
+        run(job, vae, pool, scratch)

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.decode import ClipDone, DecodePool
+from pipeline.decode.pool import ClipDone, DecodePool
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.policies import DecodePolicy, ResizePolicy, WindowPolicy
 from tests.awkward_clips import clips
@@ -50,7 +50,7 @@ def test_the_child_imports_neither_torch_nor_ray() -> None:
 _PARENT = """
 import sys, time
 from pathlib import Path
-from pipeline.decode import DecodePool, WindowReady
+from pipeline.decode.pool import DecodePool, WindowReady
 from pipeline.decode.blob import Blob
 from pipeline.policies import DecodePolicy, ResizePolicy, WindowPolicy
 from pipeline.records import Clip

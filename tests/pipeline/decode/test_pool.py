@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 
-from pipeline.decode import ClipDone, ClipRetracted, DecodeEvent, DecodePool, WindowReady
+from pipeline.decode.pool import ClipDone, ClipRetracted, DecodeEvent, DecodePool, WindowReady
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.policies import DecodePolicy, ResizePolicy, WindowPolicy
 from pipeline.records import Clip
@@ -202,12 +202,7 @@ def test_a_killed_child_is_replaced_and_the_clip_tried_again(
         else:
             os.kill(old[0], signal.SIGKILL)
         seen.extend(events)
-        lines = account(seen)
-        if (lines[0][0], "retracted") in lines:
-            lines = lines[lines.index((lines[0][0], "retracted")) + 1 :]
-        assert lines == expected
-        if moment == "after a window":
-            assert sum(isinstance(event, ClipRetracted) for event in seen) == 1
+        assert account(seen) == expected, "the consumer sees nothing of it, so batches stay what they were"
         assert mine.child_pids() != old
 
 

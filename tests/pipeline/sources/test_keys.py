@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import ClipError, RejectionClass
-from pipeline.sources.keys import MAX_KEY_BYTES, printable, require_safe_key
+from pipeline.records import printable
+from pipeline.sources.keys import MAX_KEY_BYTES, require_safe_key
 
 UNSAFE = [
     ("", "empty"),
