@@ -152,7 +152,6 @@ def test_a_receipt_is_written_once(folder: DatasetFolder) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"payload": StoredObject(path="shards/00000.tar", size=101, sha256="ef" * 32)},
         {"payload": StoredObject(path="shards/00000.tar", size=100, sha256="00" * 32)},
         {"fingerprint": "00" * 32},
     ],
