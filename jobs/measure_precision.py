@@ -1,45 +1,59 @@
 """How far bf16 and fp16 latents are from fp32 ones: relative RMS and largest difference of the raw moments.
 
-    python jobs/measure_precision.py --spec cvvae-sd21-tiny --shape 17 64 64
-    python jobs/measure_precision.py --checkpoint path/to/vae3d --shape 17 256 256 --device cuda
+    python jobs/measure_precision.py
+    python jobs/measure_precision.py --checkpoint path/to/vae3d --frames 17 --size 256 --device cuda
 
-The input is smooth random motion, not a real clip: compare dtypes with it, not models. fp16 convolutions
-on a CPU are about a hundred times slower than fp32 ones; keep the shape small or leave fp16 out.
+The input is smooth random motion, not a real clip: compare dtypes with it, not models. fp16 convolutions are very
+slow on CPUs without fp16 arithmetic; keep the size small there.
 """
 
-import argparse
-import time
-from collections.abc import Sequence
+from __future__ import annotations
+
+import sys
 from pathlib import Path
+from typing import Annotated
+
+if __name__ == "__main__":  # a script's own folder comes first on its import path; the project's must
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+import typer
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
 from cvvae import SPECS, VideoVAE, load_vae, seeded_vae
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+TINY = ("cvvae-sd21-tiny", "cvvae-sd21-full3d-tiny", "cvvae-sd3-tiny")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = _parser().parse_args(arguments)
+def measure_precision(
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A folder or file that load_vae reads; without it, seeded tiny models.")
+    ] = None,
+    frames: Annotated[int, typer.Option(min=1)] = 17,
+    size: Annotated[int, typer.Option(min=8, help="Height and width.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of the seeded weights and of the video.")] = 0,
+    device: Annotated[str, typer.Option()] = "cpu",
+) -> None:
+    """Deviation of bf16 and fp16 moments from fp32 ones."""
+    table = Table(title=f"against fp32, {frames} x {size} x {size} on {device}: relative RMS / largest difference")
+    for heading in ("model", "dtype", "mean", "log variance"):
+        table.add_column(heading)
+    video_BCTHW = smooth_video(frames, size, size, seed=seed).to(device)
+    for name in [str(checkpoint)] if checkpoint else TINY:
+        exact = _moments(_fresh(name, checkpoint, seed, device), video_BCTHW)
+        for dtype in HALF:
+            got = _moments(_fresh(name, checkpoint, seed, device).to(HALF[dtype]), video_BCTHW)
+            parts = zip(got.chunk(2, dim=1), exact.chunk(2, dim=1), strict=True)
+            table.add_row(name, dtype, *("{:.1e} / {:.1e}".format(*difference(*part)) for part in parts))
+    Console().print(table)
 
-    def fresh() -> VideoVAE:
-        if options.checkpoint:
-            return load_vae(options.checkpoint, device=options.device)
-        return seeded_vae(SPECS[options.spec], options.seed).to(options.device)
 
-    vae = fresh()
-    video_BCTHW = smooth_video(*options.shape, seed=options.seed).to(options.device)
-    weights = str(options.checkpoint) if options.checkpoint else f"seeded {options.seed}"
-    print(f"{vae.spec.name}, weights {weights}, {'x'.join(map(str, options.shape))}, {options.device}")
-    print(f"{'dtype':6} {'part':7} {'rel RMS':>9} {'max abs':>9} {'seconds':>8}")
-    exact, _ = _moments(vae, video_BCTHW)
-    for name in options.dtypes:
-        moments, seconds = _moments(fresh().to(DTYPES[name]), video_BCTHW)
-        for part, got, expected in zip(("mean", "logvar"), moments.chunk(2, 1), exact.chunk(2, 1), strict=True):
-            rel_rms, max_abs = difference(got, expected)
-            print(f"{name:6} {part:7} {rel_rms:9.2e} {max_abs:9.2e} {seconds:8.2f}")
+def _fresh(name: str, checkpoint: Path | None, seed: int, device: str) -> VideoVAE:
+    return load_vae(checkpoint, device=device) if checkpoint else seeded_vae(SPECS[name], seed).to(device)
 
 
 def smooth_video(num_frames: int, height: int, width: int, *, seed: int) -> Tensor:
@@ -55,25 +69,11 @@ def difference(got: Tensor, expected: Tensor) -> tuple[float, float]:
     return (error.square().mean() / expected.double().square().mean()).sqrt().item(), error.abs().max().item()
 
 
-def _moments(vae: VideoVAE, video_BCTHW: Tensor) -> tuple[Tensor, float]:
-    start = time.perf_counter()
+def _moments(vae: VideoVAE, video_BCTHW: Tensor) -> Tensor:
     with torch.inference_mode():
         posterior = vae.encode(video_BCTHW.to(vae.dtype))
-        moments = torch.cat([posterior.mean, posterior.logvar], dim=1).float().cpu()
-    return moments, time.perf_counter() - start
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Deviation of half-precision moments from fp32 ones.")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--spec", choices=sorted(SPECS), default="cvvae-sd21-tiny", help="with seeded weights")
-    source.add_argument("--checkpoint", type=Path, help="a directory or file that cvvae.load_vae reads")
-    parser.add_argument("--seed", type=int, default=0, help="of the seeded weights and of the video")
-    parser.add_argument("--shape", type=int, nargs=3, metavar=("T", "H", "W"), default=(17, 64, 64))
-    parser.add_argument("--dtypes", nargs="+", choices=sorted(DTYPES), default=["bf16", "fp16"])
-    parser.add_argument("--device", default="cpu")
-    return parser
+        return torch.cat([posterior.mean, posterior.logvar], dim=1).float().cpu()
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(measure_precision)
