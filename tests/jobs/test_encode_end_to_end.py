@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import random
 import signal
 import subprocess
 import sys
@@ -107,29 +107,47 @@ def test_a_second_run_has_nothing_to_do(encoded: tuple[Path, Manifest], tars: li
     assert dataset_bytes(output) == before
 
 
+def killed_driver(config: EncodeConfig, folder: Path, address: str, *, receipts: int, delay: float) -> None:
+    """Run the job as a process of its own and SIGKILL it `delay` seconds after so many receipts stand."""
+    settings = config.model_dump(mode="json")
+    settings["cluster"] |= {"address": address, "num_actors": 1}
+    path, output = folder / "config.yaml", Path(config.output.url)
+    path.write_text(json.dumps(settings))
+    with (folder / "log").open("wb") as log:
+        driver = subprocess.Popen([sys.executable, "jobs/encode_webvid.py", str(path)], stdout=log, stderr=log)
+        deadline = time.monotonic() + 120
+        while len(list(output.glob("receipts/*.json"))) < receipts:
+            assert driver.poll() is None, (folder / "log").read_text()
+            assert time.monotonic() < deadline, (folder / "log").read_text()
+            time.sleep(0.05)
+        time.sleep(delay)
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+
+
 def test_killed_driver_then_a_new_run_gives_equal_bytes(
     encoded: tuple[Path, Manifest], tars: list[Path], tmp_path: Path, ray_cluster: str
 ) -> None:
     output = tmp_path / "out"
-    config = config_for(tars, output).model_dump(mode="json")
-    config["cluster"] |= {"address": ray_cluster, "num_actors": 1}
-    path = tmp_path / "config.yaml"
-    path.write_text(json.dumps(config))
-    with (tmp_path / "log").open("wb") as log:
-        driver = subprocess.Popen(
-            [sys.executable, "jobs/encode_webvid.py", str(path)], stdout=log, stderr=log, env=os.environ.copy()
-        )
-        deadline = time.monotonic() + 120
-        while not list(output.glob("receipts/*.json")):
-            assert driver.poll() is None, (tmp_path / "log").read_text()
-            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
-            time.sleep(0.05)
-        driver.send_signal(signal.SIGKILL)
-        driver.wait()
+    killed_driver(config_for(tars, output), tmp_path, ray_cluster, receipts=1, delay=0)
     assert not (output / "manifest.json").exists()
     assert 0 < len(list(output.glob("receipts/*.json"))) < SHARDS
     run_encode(config_for(tars, output))
     assert dataset_bytes(output) == dataset_bytes(encoded[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(8))
+def test_killed_anywhere_then_a_new_run_gives_equal_bytes(
+    seed: int, encoded: tuple[Path, Manifest], tars: list[Path], tmp_path: Path, ray_cluster: str
+) -> None:
+    """The moment is drawn from the seed: before the first receipt, between two, or after the last."""
+    draw = random.Random(seed)
+    output = tmp_path / "out"
+    receipts, delay = draw.randrange(SHARDS), draw.uniform(0, 4)
+    killed_driver(config_for(tars, output), tmp_path, ray_cluster, receipts=receipts, delay=delay)
+    run_encode(config_for(tars, output))
+    assert dataset_bytes(output) == dataset_bytes(encoded[0]), f"{seed=} {receipts=} {delay=:.2f}"
 
 
 def test_parquet_with_logvar(tars: list[Path], tmp_path: Path, encoded: tuple[Path, Manifest]) -> None:
