@@ -30,7 +30,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.checkpoints import VAESource, load_source
 from pipeline.decode.pool import DecodePool
-from pipeline.encoder import TileEncoder, make_deterministic
+from pipeline.encoder import TileEncoder
 from pipeline.errors import ConfigError, PipelineError, ShardError
 from pipeline.policies import EncodePolicy
 from pipeline.records import VideoShard, printable
@@ -100,19 +100,19 @@ class EncodeShards:
         self._encoder: ShardEncoder | str
         try:
             self._encoder = self._set_up(job, vae, encode, shape)
-        except Exception as error:
+        except Exception as error:  # the actor's boundary: the first shard it gets brings this to the driver
             log.exception("an encoder cannot be set up")
             self._encoder = f"an encoder cannot be set up: {_said(error)}"
 
     def _set_up(self, job: ShardJob, vae: VAESource, encode: EncodePolicy, shape: ActorShape) -> ShardEncoder:
-        make_deterministic(None if shape.num_gpus else shape.encode_threads)
         model = load_source(vae)
         if model.weights_sha256 != job.identity.weights_sha256:
             raise PipelineError(
                 f"the VAE on this node has weights sha256 {model.weights_sha256}, "
                 f"the run was planned with {job.identity.weights_sha256}"
             )
-        tiles = TileEncoder(model, encode, torch.device("cuda" if shape.num_gpus else "cpu"))
+        device = torch.device("cuda" if shape.num_gpus else "cpu")
+        tiles = TileEncoder(model, encode, device, threads=None if shape.num_gpus else shape.encode_threads)
         pool = DecodePool(job.decode, shape.decode_children)
         threading.Thread(target=self._report_for_ever, args=(tiles,), name="progress", daemon=True).start()
         return ShardEncoder(job, tiles, pool, Scratch())
@@ -124,7 +124,7 @@ class EncodeShards:
         """The outcome as JSON."""
         try:
             return self._attempt(shard).model_dump_json()
-        except Exception as error:
+        except Exception as error:  # the shard's boundary: its name and the reason go to the driver
             log.exception("shard failed: shard=%s", shard.id)
             return ShardFailed(shard_id=shard.id, error=_said(error)).model_dump_json()
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -66,9 +66,16 @@ class EncodeClock:
 
 
 class TileEncoder:
-    """One VAE replica and the rule by which tiles are batched. Safe to use from two threads: batches take turns."""
+    """One VAE replica and the rule by which tiles are batched. May be used from several threads.
 
-    def __init__(self, vae: VideoVAE, policy: EncodePolicy, device: torch.device) -> None:
+    All batches run in one thread of its own: PyTorch keeps the number of CPU threads per calling thread, so that a
+    count set anywhere else would not hold where the work is done.
+    """
+
+    def __init__(
+        self, vae: VideoVAE, policy: EncodePolicy, device: torch.device, *, threads: int | None = None
+    ) -> None:
+        """`threads` is the number of CPU threads; None leaves PyTorch's default."""
         self.policy = policy
         self.device = device
         self.spec = vae.spec
@@ -78,7 +85,7 @@ class TileEncoder:
         if self._memory_format is torch.channels_last_3d:
             self._vae.use_channels_last()
         self._encode_tile = torch.compile(vae.encode_tile) if policy.compile else vae.encode_tile
-        self._turn = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, "encode", initializer=make_deterministic, initargs=(threads,))
 
     def batch_size(self, tile_shape: tuple[int, int, int]) -> int:
         """Tiles of (T, H, W) in one batch.
@@ -100,26 +107,25 @@ class TileEncoder:
 
     def encode(self, frames_BTHWC: np.ndarray, clock: StageClock) -> Tensor:
         """Raw moments (B, 2C, t, h, w), float32 on the CPU, of a full batch of uint8 tiles."""
-        with clock.measure("wait for encoder"):
-            self._turn.acquire()
-        try:
-            with clock.measure("encode"):
-                return self._encode(frames_BTHWC)
-        finally:
-            self._turn.release()
-
-    def _encode(self, frames_BTHWC: np.ndarray) -> Tensor:
-        with torch.inference_mode():
-            started = time.perf_counter()
-            frames = torch.from_numpy(frames_BTHWC)
-            if self.device.type == "cuda":
-                frames = frames.pin_memory().to(self.device, non_blocking=True)
-            video_BCTHW = frames.permute(0, 4, 1, 2, 3).float().div_(127.5).sub_(1.0)
-            video_BCTHW = video_BCTHW.to(dtype=DTYPES[self.policy.dtype], memory_format=self._memory_format)
-            moments = self._encode_tile(video_BCTHW).to("cpu", torch.float32)
-            self.clock.busy_seconds += time.perf_counter() - started
-            self.clock.frames += frames_BTHWC.shape[0] * frames_BTHWC.shape[1]
+        asked = time.perf_counter()
+        moments, started, ended = self._thread.submit(self._encode, frames_BTHWC).result()
+        clock.add("wait for encoder", started - asked)
+        clock.add("encode", ended - started)
         return moments
+
+    @torch.inference_mode()
+    def _encode(self, frames_BTHWC: np.ndarray) -> tuple[Tensor, float, float]:
+        started = time.perf_counter()
+        frames = torch.from_numpy(frames_BTHWC)
+        if self.device.type == "cuda":
+            frames = frames.pin_memory().to(self.device, non_blocking=True)
+        video_BCTHW = frames.permute(0, 4, 1, 2, 3).float().div_(127.5).sub_(1.0)
+        video_BCTHW = video_BCTHW.to(dtype=DTYPES[self.policy.dtype], memory_format=self._memory_format)
+        moments = self._encode_tile(video_BCTHW).to("cpu", torch.float32)
+        ended = time.perf_counter()
+        self.clock.busy_seconds += ended - started
+        self.clock.frames += frames_BTHWC.shape[0] * frames_BTHWC.shape[1]
+        return moments, started, ended
 
     def numerics(self) -> dict[str, Any]:
         """What decides the last bits of the numbers: recorded in every receipt, not part of the identity."""
@@ -128,7 +134,7 @@ class TileEncoder:
             threads = None
         else:
             device = f"cpu {torch.backends.cpu.get_cpu_capability()}"
-            threads = torch.get_num_threads()
+            threads = self._thread.submit(torch.get_num_threads).result()
         return {
             "device": device,
             "threads": threads,
@@ -197,7 +203,10 @@ class StageClock:
         try:
             yield
         finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
+            self.add(stage, time.perf_counter() - started)
+
+    def add(self, stage: str, seconds: float) -> None:
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
     def waits(self, stage: str, items: Iterator[Item]) -> Iterator[Item]:
         """The same items; the time until each comes counts for `stage`."""
@@ -210,7 +219,8 @@ class StageClock:
 
 
 def make_deterministic(threads: int | None) -> None:
-    """Process-wide switches under which equal batches give equal bits: no TF32, no autotuned kernels."""
+    """Switches under which equal batches give equal bits: no TF32, no autotuned kernels (process-wide), and a fixed
+    number of CPU threads for the calling thread."""
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = False
