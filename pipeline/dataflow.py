@@ -177,16 +177,28 @@ class _AloneGate:
                 self._condition.notify_all()
 
 
-def require_room(shape: ActorShape, nodes: list[dict[str, float]]) -> None:
-    """ConfigError unless some node can hold an actor, which would otherwise wait for ever."""
+def actors_that_fit(shape: ActorShape, nodes: list[dict[str, float]]) -> int:
+    """How many actors of this shape the living nodes hold together; an actor does not span nodes."""
+    total = 0
     for node in nodes:
-        if node.get("CPU", 0.0) >= shape.num_cpus and node.get("GPU", 0.0) >= shape.num_gpus:
-            return
-    have = ", ".join(f"{node.get('CPU', 0):g} CPU and {node.get('GPU', 0):g} GPU" for node in nodes) or "no node"
-    raise ConfigError(
-        f"cluster: an encode actor needs {shape.num_cpus:g} CPU and {shape.num_gpus:g} GPU on one node; "
-        f"the cluster has {have}. Lower cluster.decode_children or cluster.gpus_per_actor."
-    )
+        by_cpu = node.get("CPU", 0.0) / shape.num_cpus
+        by_gpu = node.get("GPU", 0.0) / shape.num_gpus if shape.num_gpus else by_cpu
+        total += int(min(by_cpu, by_gpu) + 1e-6)  # the margin is for shares such as 0.2
+    return total
+
+
+def require_room(shape: ActorShape, nodes: list[dict[str, float]]) -> None:
+    """ConfigError unless some node can hold an actor, which would otherwise wait for ever. A warning if not all fit:
+    the others start when the cluster grows."""
+    fitting = actors_that_fit(shape, nodes)
+    if fitting == 0:
+        have = ", ".join(f"{node.get('CPU', 0):g} CPU and {node.get('GPU', 0):g} GPU" for node in nodes) or "no node"
+        raise ConfigError(
+            f"cluster: an encode actor needs {shape.num_cpus:g} CPU and {shape.num_gpus:g} GPU on one node; "
+            f"the cluster has {have}. Lower cluster.decode_children or cluster.gpus_per_actor."
+        )
+    if fitting < shape.num_actors:
+        log.warning("only some encode actors fit now: fitting=%d wanted=%d", fitting, shape.num_actors)
 
 
 def encode_shards(
@@ -205,8 +217,10 @@ def encode_shards(
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     monitor = ray.remote(RunMonitor).options(num_cpus=0, scheduling_strategy=here).remote()
-    # With few shards the first actors to come up would take them all. A long run must not wait for its slowest node.
-    few = len(shards) <= CALLS_PER_ACTOR * shape.num_actors
+    # With few shards the first actors to come up would take them all. A long run must not wait for its slowest node,
+    # and no run for an actor that has no room yet.
+    nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    few = len(shards) <= CALLS_PER_ACTOR * shape.num_actors and actors_that_fit(shape, nodes) >= shape.num_actors
     ray.data.DataContext.get_current().wait_for_min_actors_s = WAIT_FOR_ACTORS_SECONDS if few else -1
     items = [{"shard": _SHARD.dump_json(shard).decode()} for shard in shards]
     rows = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(

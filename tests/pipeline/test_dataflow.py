@@ -14,7 +14,7 @@ import pytest
 
 from jobs.config import EncodeConfig
 from jobs.encode_webvid import run_encode
-from pipeline.dataflow import ActorShape, RunMonitor, _AloneGate, require_room
+from pipeline.dataflow import ActorShape, RunMonitor, _AloneGate, actors_that_fit, require_room
 from pipeline.errors import ConfigError, PoisonShard, ShardError
 from pipeline.run import RunLog, RunPlan, commit_all
 from pipeline.scratch import default_root
@@ -62,6 +62,13 @@ def test_a_cluster_without_room_is_an_error_not_a_wait() -> None:
     require_room(shape, [{"CPU": 2.0}, {"CPU": 8.0, "GPU": 1.0}])
     with pytest.raises(ConfigError, match=r"8 CPU and 1 GPU on one node; the cluster has 2 CPU and 0 GPU, 64 CPU"):
         require_room(shape, [{"CPU": 2.0}, {"CPU": 64.0}])
+
+
+def test_actors_that_fit_are_counted_per_node() -> None:
+    gpu = ActorShape(num_actors=9, num_gpus=0.2, decode_children=1, encode_threads=1, num_cpus=2)
+    assert actors_that_fit(gpu, [{"CPU": 64.0, "GPU": 1.0}, {"CPU": 4.0, "GPU": 8.0}, {"CPU": 64.0}]) == 5 + 2
+    cpu = ActorShape(num_actors=3, num_gpus=0, decode_children=1, encode_threads=1, num_cpus=1)
+    assert actors_that_fit(cpu, [{"CPU": 2.0}]) == 2
 
 
 def config_for(source: Path, output: Path, address: str) -> EncodeConfig:
