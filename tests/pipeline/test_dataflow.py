@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import cast
 
@@ -100,10 +100,11 @@ def killing_encode_actors_in(scratch: Path, shard_id: str) -> Iterator[list[int]
         while not leaving.wait(0.05):
             if not list(scratch.glob(f"*/{shard_id}-*")):
                 continue
-            for process in psutil.process_iter(["pid", "cmdline"]):
-                if "EncodeShards" in " ".join(process.info["cmdline"] or ()) and process.pid not in killed:
-                    process.kill()
-                    killed.append(process.pid)
+            for process in psutil.Process().children(recursive=True):  # ours: another Ray may run on this machine
+                with suppress(psutil.NoSuchProcess):
+                    if "EncodeShards" in " ".join(process.cmdline()) and process.pid not in killed:
+                        process.kill()
+                        killed.append(process.pid)
             for folder in scratch.glob(f"*/{shard_id}-*"):
                 folder.rename(folder.with_name("seen-" + folder.name))
 
