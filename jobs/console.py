@@ -7,12 +7,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 
 from pipeline.dataflow import ActorShape
 from pipeline.documents import Counts, Manifest, ShardReceipt
 from pipeline.run import EncodeSettings, RunLog, RunPlan
+
+STAGES = {"wait for encoder": "wait for the VAE, busy with another shard"}
 
 
 class RunDisplay:
@@ -21,10 +31,11 @@ class RunDisplay:
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(highlight=False)
         self._progress: Progress | None = None
-        self._bar = self._tiles_text = None
-        self._encode_started = time.monotonic()
+        self._bar: TaskID | None = None
+        self._num_actors = 0
+        self._first_report: tuple[float, float] | None = None
+        """When the first frames were reported, and how many."""
         self._counts = Counts()
-        self._encoders: dict[str, dict[str, float]] = {}
 
     def starting(self, settings: EncodeSettings) -> None:
         if settings.vae.is_seeded:
@@ -38,7 +49,7 @@ class RunDisplay:
         identity = plan.run_file.identity
         samples = f" ({plan.samples_todo} samples)" if plan.samples_todo else ""
         self._console.print(
-            f"{len(plan.shards)} shards, {len(plan.shards) - len(plan.todo)} committed before, "
+            f"{_number(len(plan.shards), 'shard')}, {len(plan.shards) - len(plan.todo)} committed before, "
             f"{len(plan.todo)} to encode{samples} with {identity.vae.get('name')} "
             f"(weights {identity.weights_sha256[:12]}) into {plan.dataset.store.full_url('')}",
             soft_wrap=True,
@@ -48,9 +59,10 @@ class RunDisplay:
     def encoding(self, plan: RunPlan, shape: ActorShape) -> Iterator[None]:
         """A progress bar over the shards while the body runs."""
         device = f"{shape.num_gpus:g} GPU" if shape.num_gpus else f"{shape.encode_threads} CPU threads"
-        self._console.print(
-            f"{shape.num_actors} encode actors ({device}, {shape.decode_children} decode processes each)"
-        )
+        self._num_actors = shape.num_actors
+        actors = _number(shape.num_actors, "encode actor")
+        each = " each" if shape.num_actors > 1 else ""
+        self._console.print(f"{actors} ({device}, {_number(shape.decode_children, 'decode process', 'es')}{each})")
         columns = (
             SpinnerColumn(),
             TextColumn("encoding"),
@@ -59,7 +71,6 @@ class RunDisplay:
             TextColumn("shards  {task.fields[figures]}"),
             TimeElapsedColumn(),
         )
-        self._encode_started = time.monotonic()
         with Progress(*columns, console=self._console) as progress:
             self._bar = progress.add_task("encode", total=len(plan.todo), figures="starting the encoders")
             self._progress = progress
@@ -70,18 +81,37 @@ class RunDisplay:
 
     def progress(self, encoders: dict[str, dict[str, float]]) -> None:
         """Figures of the encoders, every few seconds, from another thread."""
-        self._encoders = dict(encoders)
-        progress, bar = self._progress, self._bar
-        if progress is None or bar is None or not encoders:
+        frames = sum(figures["window_frames"] for figures in encoders.values())
+        if not frames:
             return
-        frames = sum(figures["frames"] for figures in encoders.values())
-        rate = frames / (time.monotonic() - self._encode_started)
-        progress.update(bar, figures=f"{frames:.0f} frames, {rate:.1f}/s")
+        if self._first_report is None:
+            self._first_report = time.monotonic(), frames
+        then, before = self._first_report
+        waiting = max(0, self._num_actors - len(encoders))
+        text = f"{frames:.0f} frames" + (f", {_number(waiting, 'encoder')} to come up" if waiting else "")
+        if frames > before:
+            text += f", {(frames - before) / (time.monotonic() - then):.1f}/s"
+        self._show(text)
 
     def committed(self, receipt: ShardReceipt) -> None:
         self._counts = self._counts.plus(receipt.counts)
         if self._progress is not None and self._bar is not None:
             self._progress.advance(self._bar)
+        if self._first_report is None:  # a run that is over before the encoders report
+            self._show(f"{self._counts.frames_stored} frames")
+
+    def _show(self, figures: str) -> None:
+        if self._progress is not None and self._bar is not None:
+            self._progress.update(self._bar, figures=figures)
+
+    def stopped(self, plan: RunPlan, committed: int) -> None:
+        """The run was interrupted."""
+        committed += len(plan.shards) - len(plan.todo)
+        self._console.print(
+            f"stopped: {committed} of {len(plan.shards)} shards are committed and stay; start the same command again "
+            "to encode the rest",
+            soft_wrap=True,
+        )
 
     def finished(self, plan: RunPlan, manifest: Manifest, log: RunLog) -> None:
         """The table of the whole dataset, and of this run's time."""
@@ -97,6 +127,10 @@ class RunDisplay:
             table.add_row(f"  {name}", str(number))
         table.add_row("frames stored", str(counts.frames_stored))
         table.add_row("frames in dropped tails", str(counts.frames_dropped_tail))
+        if counts.frames_unused:
+            table.add_row("frames between windows", str(counts.frames_unused))
+        if counts.clips_cut_short:
+            table.add_row("clips longer than max_windows", str(counts.clips_cut_short))
         table.add_row("payload bytes", f"{manifest.payload_bytes:,}")
         for name, number in manifest.decoders.items():
             table.add_row(f"windows read by {name}", str(number))
@@ -108,15 +142,19 @@ class RunDisplay:
         self._console.print(f"dataset: {plan.dataset.store.full_url('')}", soft_wrap=True)
 
     def _time_table(self, log: RunLog) -> Table:
-        wall = time.monotonic() - self._encode_started
+        wall = time.time() - log.started
         frames = self._counts.frames_stored
         table = Table(title="this run", show_header=False, title_justify="left")
-        table.add_row("wall time", f"{wall:.1f} s, start-up included")
+        table.add_row("wall time", f"{wall:.1f} s, planning and start-up included")
         table.add_row("frames/s", f"{frames / wall:.1f} stored")
         stages: dict[str, float] = {}
         for seconds in log.shard_seconds.values():
             for name, value in seconds.items():
                 stages[name] = stages.get(name, 0.0) + value
         for name, value in stages.items():
-            table.add_row(f"  {name}", f"{value:.1f} s over all shards")
+            table.add_row(f"  {STAGES.get(name, name)}", f"{value:.1f} s over all shards")
         return table
+
+
+def _number(count: int, noun: str, plural: str = "s") -> str:
+    return f"{count} {noun}" + (plural if count != 1 else "")

@@ -57,9 +57,15 @@ def run_encode(config: EncodeConfig) -> Manifest:
                 _encode_todo(config, plan, shape, log, display)
         manifest = finish_run(plan, log)
         outcome = "finished"
+    except (KeyboardInterrupt, SystemExit):  # Ctrl-C; SIGTERM, which Ray turns into an exit
+        outcome = "stopped"
+        display.stopped(plan, len(log.finished_at))
+        raise
     finally:
         _keep_report(plan, log.report(cluster, outcome))
     display.finished(plan, manifest, log)
+    if manifest.counts.samples and not manifest.counts.windows_stored:
+        raise PipelineError("nothing was encoded: every sample was rejected. The receipts say why, clip by clip.")
     return manifest
 
 

@@ -24,6 +24,10 @@ from pipeline.storage import Store
 from pipeline.verify import VerifyReport, verify_dataset
 
 SHOWN_PROBLEMS = 20
+REPAIR = (
+    "To encode a shard anew, delete its receipts/ID.json, shards/ID.* and index/ID.parquet and start the encode job "
+    "again."
+)
 
 
 def verify(
@@ -46,7 +50,7 @@ def run_verify(output: str, *, with_source: bool) -> VerifyReport:
     if with_source:
         recorded = {k: v for k, v in DatasetFolder(store).run_file().source.items() if k != "table_sha256"}
         spec = TypeAdapter[SourceSpec](SourceSpec).validate_python(recorded)
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("verifying", total=None)
         report = verify_dataset(
             store, source=spec, on_shard=lambda done, total: progress.update(bar, completed=done, total=total)
@@ -56,6 +60,8 @@ def run_verify(output: str, *, with_source: bool) -> VerifyReport:
         console.print(problem, markup=False, soft_wrap=True)
     if len(report.problems) > SHOWN_PROBLEMS:
         console.print(f"... and {len(report.problems) - SHOWN_PROBLEMS} more")
+    if any(problem.startswith("shard ") for problem in report.problems):
+        console.print(REPAIR, soft_wrap=True)
     if report.set_aside:
         console.print(f"[yellow]set aside, not in the dataset:[/] {', '.join(report.set_aside)}")
     looked_at = f"{report.shards} shards, {report.windows} windows, {report.payload_bytes:,} bytes"

@@ -139,6 +139,10 @@ class Counts(Document):
     frames_padded: int = 0
     frames_dropped_tail: int = 0
     """Sampled frames of a tail that was dropped or trimmed."""
+    frames_unused: int = 0
+    """Sampled frames in the gaps that a window_stride above the window's length leaves."""
+    clips_cut_short: int = 0
+    """Encoded clips of which max_windows left a rest; its frames were not decoded and are in no count."""
 
     def check(self, where: str) -> None:
         """DatasetError if the counts do not add up."""

@@ -42,6 +42,7 @@ class _OpenWindow(Generic[Token]):
     """A window whose tiles are not all encoded yet."""
 
     token: Token
+    num_frames: int
     missing: int
     moments: list[Tensor | None]
 
@@ -61,6 +62,8 @@ class EncodeClock:
     busy_seconds: float = 0.0
     frames: int = 0
     """Frames run through the VAE: shared frames of tiles and filler count."""
+    window_frames: int = 0
+    """Frames of the windows that came out whole."""
     tiles: int = 0
     filler_tiles: int = 0
 
@@ -158,7 +161,7 @@ class TileBatcher(Generic[Token]):
     def add(self, frames_THWC: np.ndarray, token: Token) -> Iterator[tuple[Token, DiagonalGaussian]]:
         """Take a window's frames (uint8); yield the windows this completes, moments (1, C, t, h, w) float32."""
         tiles = self._encoder.tiles(frames_THWC.shape[0])
-        window: _OpenWindow[Token] = _OpenWindow(token, len(tiles), [None] * len(tiles))
+        window: _OpenWindow[Token] = _OpenWindow(token, len(frames_THWC), len(tiles), [None] * len(tiles))
         for position, tile in enumerate(tiles):
             frames = frames_THWC[tile.start : tile.stop]
             shape = (frames.shape[0], frames.shape[1], frames.shape[2])
@@ -187,6 +190,7 @@ class TileBatcher(Generic[Token]):
             window.moments[tile.position] = moments[index : index + 1, :, tile.drop :]
             window.missing -= 1
             if window.missing == 0:
+                self._encoder.clock.window_frames += window.num_frames
                 parts = [part for part in window.moments if part is not None]
                 yield window.token, DiagonalGaussian.from_moments(torch.cat(parts, dim=2))
 

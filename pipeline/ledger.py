@@ -108,4 +108,6 @@ class ShardLedger:
             frames_dropped_tail=sum(
                 summary.dropped_tail_frames + summary.trimmed_frames for summary in self._summaries
             ),
+            frames_unused=sum(summary.unused_frames for summary in self._summaries),
+            clips_cut_short=sum(summary.stopped_early for summary in self._summaries),
         )

@@ -80,7 +80,8 @@ class WindowPolicy(Policy):
     window_stride: Annotated[int, Field(ge=1)] | None = None
     """Sampled frames from one window's start to the next; None means `frames` (no overlap)."""
     max_windows: Annotated[int, Field(ge=1)] | None = None
-    """Stop after this many windows of a clip; the rest is recorded as unused, not as a rejection."""
+    """Stop after this many windows of a clip; the rest is not decoded and is no rejection; the
+    receipt counts such clips."""
     tail: Literal["drop", "pad", "trim"] = "drop"
     """drop: the tail is not encoded. pad: its last frame is repeated up to `frames`. trim: it is cut to the
     longest valid length. All three are recorded; a clip that yields no window at all is rejected too_short."""

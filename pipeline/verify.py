@@ -9,13 +9,13 @@ recomputes the hash that pairs key, video bytes and caption.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from pipeline.dataset import DatasetFolder, describe_file
+from pipeline.dataset import MANIFEST, DatasetFolder, describe_file
 from pipeline.documents import Manifest, RunFile, ShardReceipt, StoredObject
 from pipeline.encoder import DTYPES
 from pipeline.errors import DatasetError, PipelineError
@@ -47,51 +47,99 @@ class VerifyReport:
 def verify_dataset(
     store: Store, *, source: SourceSpec | None = None, on_shard: Callable[[int, int], None] | None = None
 ) -> VerifyReport:
-    """Check all of it. `source` also re-reads the input. Calls `on_shard(done, total)` as it goes."""
+    """Check all of it, whatever is found. `source` also re-reads the input. Calls `on_shard(done, total)` as it
+    goes. An unfinished dataset is a problem; its committed shards are checked all the same."""
     report = VerifyReport()
     folder = DatasetFolder(store)
     try:
-        run, manifest = folder.run_file(), folder.manifest()
-        ids = folder.receipt_ids()
-        report.problems += _document_problems(run, manifest, folder.receipts(ids))
-        report.set_aside = manifest.set_aside
+        run = folder.run_file()
     except DatasetError as error:
-        report.problems.append(str(error))
+        report.problems.append(f"{store.full_url('')} is not a dataset: {error}")
         return report
-    report.problems += _stray_objects(store, run, ids)
-    for number, shard_id in enumerate(ids):
-        if on_shard is not None:
-            on_shard(number, len(ids))
-        receipt = folder.receipt(shard_id)
-        with tempfile.TemporaryDirectory(prefix="latents-verify-") as scratch:
-            found = list(_check_shard(store, run, receipt, Path(scratch), report, source))
-        report.problems += [f"shard {shard_id}: {text}" for text in found]
-    if on_shard is not None:
-        on_shard(len(ids), len(ids))
+    if run.identity.fingerprint != run.fingerprint:
+        found = run.identity.fingerprint
+        report.problems.append(f"run.json: fingerprint {run.fingerprint} is not that of its identity ({found})")
+    ids = folder.receipt_ids()
+    manifest = _manifest(folder, len(ids), report)
+    report.problems += _missing_and_stray(store, run, ids, manifest)
+    checked = _checked_receipts(folder, run, ids, report, source, on_shard)
+    before = len(report.problems)
+    try:
+        expected = build_manifest(run, checked, manifest.set_aside if manifest else ())
+    except ValueError as error:
+        report.problems.append(f"receipts do not add up: {error}")
+        for _ in checked:  # the other shards are looked at all the same
+            pass
+    else:
+        unread = report.shards < len(ids)
+        if manifest is not None and not unread:
+            report.problems[before:before] = _manifest_problems(expected, manifest)
     return report
 
 
-def _stray_objects(store: Store, run: RunFile, ids: list[str]) -> Iterator[str]:
-    """Objects that no receipt describes would be read by whoever takes all of a folder."""
+def _manifest(folder: DatasetFolder, committed: int, report: VerifyReport) -> Manifest | None:
+    """The manifest, if it is there and can be read; if not, that is a problem."""
+    if folder.store.info(MANIFEST) is None:
+        report.problems.append(
+            f"not finished: there is no {MANIFEST}; shards committed: {committed}. Start the encode job again."
+        )
+        return None
+    try:
+        manifest = folder.manifest()
+    except DatasetError as error:
+        report.problems.append(f"{error}; start the encode job again to have it written anew")
+        return None
+    report.set_aside = manifest.set_aside
+    return manifest
+
+
+def _checked_receipts(
+    folder: DatasetFolder,
+    run: RunFile,
+    ids: Sequence[str],
+    report: VerifyReport,
+    source: SourceSpec | None,
+    on_shard: Callable[[int, int], None] | None,
+) -> Iterator[ShardReceipt]:
+    """The receipts that can be read, each after its shard was checked; what is wrong goes into the report."""
+    for number, shard_id in enumerate(ids):
+        if on_shard is not None:
+            on_shard(number, len(ids))
+        try:
+            receipt = folder.receipt(shard_id)
+            receipt.counts.check("its receipt")
+        except DatasetError as error:
+            report.problems.append(f"shard {shard_id}: {error}")
+            continue
+        with tempfile.TemporaryDirectory(prefix="latents-verify-") as scratch:
+            found = list(_check_shard(folder.store, run, receipt, Path(scratch), report, source))
+        report.problems += [f"shard {shard_id}: {text}" for text in found]
+        yield receipt
+    if on_shard is not None:
+        on_shard(len(ids), len(ids))
+
+
+def _missing_and_stray(store: Store, run: RunFile, ids: Sequence[str], manifest: Manifest | None) -> Iterator[str]:
+    """Shards of a finished dataset whose receipt is gone; and objects that no receipt describes, which would be read
+    by whoever takes all of a folder."""
+    finished = {shard.id for shard in manifest.shards} if manifest else set()
+    for shard_id in sorted(finished - set(ids)):
+        yield f"shard {shard_id}: {MANIFEST} lists it, but it has no receipt: start the encode job again"
     suffix = FORMATS[run.format].suffix
     for folder, ending in (("shards", suffix), ("index", ".parquet")):
-        known = {f"{shard_id}{ending}" for shard_id in ids}
+        known = {f"{shard_id}{ending}" for shard_id in finished.union(ids)}
         for name in store.names(folder, ""):
             if name not in known:
-                yield f"{folder}/{name} has no receipt: left by an attempt that was not finished; delete it"
+                yield (
+                    f"{folder}/{name} has no receipt: left by an attempt that did not end. Encode again "
+                    "if its shard is in the source, else delete it"
+                )
 
 
-def _document_problems(run: RunFile, manifest: Manifest, receipts: Iterable[ShardReceipt]) -> Iterator[str]:
-    if run.identity.fingerprint != run.fingerprint:
-        yield f"run.json: fingerprint {run.fingerprint} is not that of its identity ({run.identity.fingerprint})"
-    try:
-        expected = build_manifest(run, receipts, manifest.set_aside)
-    except (DatasetError, ValueError) as error:
-        yield f"receipts do not add up: {error}"
-        return
+def _manifest_problems(expected: Manifest, manifest: Manifest) -> Iterator[str]:
     for name in type(manifest).model_fields:
         if getattr(expected, name) != getattr(manifest, name):
-            yield f"manifest.json: {name} is not what the receipts add up to"
+            yield f"{MANIFEST}: {name} is not what the receipts add up to"
 
 
 def _check_shard(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import itertools
 import json
 import re
 import string
@@ -28,8 +29,10 @@ from pipeline.sources.digest import SourceDigest
 from pipeline.sources.keys import require_safe_key
 from pipeline.sources.metadata import plain_json
 from pipeline.sources.spec import TableSource
-from pipeline.storage import object_info, open_seekable_url, open_stream
+from pipeline.storage import object_info, open_seekable_url, open_stream, redact
 
+ROWS_TRIED = 100
+"""Rows of a table that planning follows to a file before it calls the settings wrong."""
 _CHUNK = 1 << 20
 _LONGEST_LINE = 16 << 20
 
@@ -59,7 +62,28 @@ def plan_table(spec: TableSource) -> tuple[tuple[VideoShard, ...], str]:
         )
         for number, (rows, byte_span) in enumerate(spans)
     )
+    _require_some_file(shards[0], spec)
     return shards, _sha256(spec)
+
+
+def _require_some_file(shard: VideoShard, spec: TableSource) -> None:
+    """ConfigError if none of the first rows leads to a file: source.root or source.uri is wrong, and a run would
+    reject every clip. As a rule the first row's file is there and this is one request."""
+    tried: list[str] = []
+    for row in itertools.islice(_rows(shard, spec), ROWS_TRIED):
+        try:
+            if isinstance(row, ClipError):
+                raise row
+            url = _resolve(_fill(spec.uri, row, RejectionClass.NO_VIDEO), spec)
+            object_info(url, spec.options)
+        except (ClipError, FileNotFoundError, ValueError) as error:
+            tried.append(error.message if isinstance(error, ClipError) else url)
+        else:
+            return
+    raise ConfigError(
+        f"source.root, source.uri: none of the first {len(tried)} rows of {spec.url} leads to a file; the first was "
+        f"looked for at {redact(tried[0])}"
+    )
 
 
 def _sha256(spec: TableSource) -> str:
@@ -194,8 +218,7 @@ def read_table_shard(
     assert shard.rows is not None, "a table shard has a row span"
     _require_planned_table(shard, spec)
     seen: set[str] = set()
-    rows = _parquet_rows(shard, spec) if shard.byte_span is None else _csv_rows(shard, spec)
-    for number, row in enumerate(rows, start=shard.rows[0]):
+    for number, row in enumerate(_rows(shard, spec), start=shard.rows[0]):
         key = f"{number:010d}"
         try:
             if isinstance(row, ClipError):
@@ -214,6 +237,10 @@ def _require_planned_table(shard: VideoShard, spec: TableSource) -> None:
             f"{spec.url}: it had {shard.size} bytes (ETag {shard.etag}) when the run was planned, "
             f"now {info.size} (ETag {info.etag})"
         )
+
+
+def _rows(shard: VideoShard, spec: TableSource) -> Iterator[dict[str, Any] | ClipError]:
+    return _parquet_rows(shard, spec) if shard.byte_span is None else _csv_rows(shard, spec)
 
 
 def _csv_rows(shard: VideoShard, spec: TableSource) -> Iterator[dict[str, Any] | ClipError]:

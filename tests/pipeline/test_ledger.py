@@ -139,13 +139,17 @@ def test_totals_by_bucket_decoder_and_frame() -> None:
     attempt = ledger.attempt("a")
     for window in (row("a", 0, padded=3), row("a", 1, height=48), row("a", 2, decoder="decord-0.6")):
         ledger.store_window(window, attempt)
-    ledger.finish(ClipDone(one, summary=summary(3, dropped_tail_frames=2, trimmed_frames=5)))
+    ledger.finish(
+        ClipDone(
+            one, summary=summary(3, dropped_tail_frames=2, trimmed_frames=5, unused_frames=4, stopped_early=True)
+        )
+    )
     one.video.close()
     assert rows_per_bucket(ledger.stored_rows()) == {"00017x00048x00064": 1, "00017x00064x00064": 2}
     assert rows_per_decoder(ledger.stored_rows()) == {"decord-0.6": 1, "pyav-18": 2}
     counts = ledger.counts()
     assert (counts.frames_decoded, counts.frames_sampled, counts.frames_padded) == (60, 54, 3)
-    assert counts.frames_dropped_tail == 7
+    assert (counts.frames_dropped_tail, counts.frames_unused, counts.clips_cut_short) == (7, 4, 1)
 
 
 def test_a_clip_refused_at_its_end_takes_its_windows_along() -> None:

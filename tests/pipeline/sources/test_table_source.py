@@ -358,6 +358,13 @@ def test_rows_whose_file_cannot_be_had(write: Callable[..., TableSource], tmp_pa
     assert classes_of(read_table(spec, max_clip_bytes=100)) == list(uris.values())
 
 
+def test_a_wrong_root_is_refused_before_every_clip_is_rejected(write: Callable[..., TableSource]) -> None:
+    table = "uri,caption\n" + ",x\n" + "a.mp4,x\nb.mp4,x\n"
+    with pytest.raises(ConfigError, match=r"(?s)source\.root.*none of the first 3 rows.*uri"):
+        plan_source(write(table, root="/nowhere"))
+    assert len(plan_source(write("uri,caption\n" + "no.mp4,x\n" * 99 + "a.mp4,x\n")).shards) == 1
+
+
 def test_a_client_that_is_not_installed_is_no_fault_of_the_row(write: Callable[..., TableSource]) -> None:
     with pytest.raises(StorageError, match="gcsfs"):
         read_table(write("uri,caption\ngs://bucket/a.mp4,x\n"))
