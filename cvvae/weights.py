@@ -91,11 +91,11 @@ def save_vae(vae: VideoVAE, directory: str | os.PathLike[str]) -> Path:
     config = config_from_spec(vae.spec)
     target.mkdir(parents=True, exist_ok=True)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in vae.state_dict().items()}
-    weight_part = target / f".{WEIGHTS_NAME}.tmp"
-    safetensors.torch.save_file(tensors, weight_part, metadata={"format": "pt"})
-    weight_part.replace(target / WEIGHTS_NAME)
-    config_part = target / f".{CONFIG_NAME}.tmp"
+    weight_part, config_part = target / f".{WEIGHTS_NAME}.tmp", target / f".{CONFIG_NAME}.tmp"
     config_part.write_text(json.dumps(config, indent=2) + "\n")
+    safetensors.torch.save_file(tensors, weight_part, metadata={"format": "pt"})
+    weight_part.chmod(config_part.stat().st_mode & 0o777)  # safetensors writes for its owner only
+    weight_part.replace(target / WEIGHTS_NAME)
     config_part.replace(target / CONFIG_NAME)
     return target
 

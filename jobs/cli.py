@@ -16,6 +16,7 @@ def main() -> None:
     app.command()(verify)
     try:
         from jobs.encode_webvid import encode
+        from jobs.settings_reference import settings
     except ModuleNotFoundError as error:
         if error.name not in EXTRA_ENCODE:
             raise
@@ -30,6 +31,7 @@ def main() -> None:
             raise typer.Exit(1)
     else:
         app.command()(encode)
+        app.command()(settings)
     app()
 
 

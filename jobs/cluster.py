@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -62,7 +64,10 @@ def _connect(address: str) -> None:
             socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
         ray.init(address=address, logging_level=logging.WARNING)
     except (OSError, RuntimeError, ValueError, RayError) as error:
-        raise ConfigError(f"cluster.address: cannot connect to Ray at {address!r}: {error}") from error
+        raise ConfigError(
+            f"cluster.address: cannot connect to Ray at {address!r}: {error}. If it asks for a token, set "
+            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to a file with the head's token before the start"
+        ) from error
 
 
 def _quiet_data(config: ClusterConfig) -> None:
@@ -72,6 +77,16 @@ def _quiet_data(config: ClusterConfig) -> None:
     context.print_on_execution_start = False
     context.execution_no_progress_timeout_s = int(config.shard_timeout_minutes * 60)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def require_lasting_output(url: str) -> None:
+    """ConfigError if the output would lie in the folder that Ray unpacks a submitted job into and then deletes."""
+    package = re.match(r".*/working_dir_files/_ray_pkg_[^/]+", str(Path.cwd()))
+    if package and url.startswith(package[0]):
+        raise ConfigError(
+            f"output.url: {url} lies in the folder that Ray unpacked this job into, which is deleted after the job; "
+            "expected an absolute path on storage that all nodes share, or a URL such as s3://bucket/latents"
+        )
 
 
 def node_resources() -> list[dict[str, float]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -14,7 +15,21 @@ from pipeline.errors import ConfigError
 from pipeline.policies import Policy, refuse_secrets
 from pipeline.run import EncodeSettings
 
+_EXPECTED = {
+    "missing": "must be given",
+    "string_type": "expected text",
+    "tuple_type": "expected a list",
+    "dict_type": "expected a mapping",
+    "model_type": "expected a mapping of settings",
+    "model_attributes_type": "expected a mapping of settings",
+}
+"""pydantic's problems in the words of YAML."""
+
 ConfigType = TypeVar("ConfigType", bound=BaseModel)
+
+MAX_DEPTH = 32
+MAX_VALUES = 1_000_000
+"""Far beyond any config, and what an alias that holds itself, or ten that hold ten others each, soon passes."""
 
 
 class ClusterConfig(Policy):
@@ -23,13 +38,17 @@ class ClusterConfig(Policy):
     address: str | None = None
     """Ray address; None uses $RAY_ADDRESS (set inside a submitted job), else starts Ray on this machine."""
     num_actors: Annotated[int, Field(ge=1)] | None = None
+    """Encode actors, each with a replica of the VAE. None: one per GPU, or one per eight cores without GPUs."""
     gpus_per_actor: Annotated[float, Field(ge=0)] | None = None
+    """None: 1 if the cluster has GPUs, else 0."""
     decode_children: Annotated[int, Field(ge=1)] | None = None
-    """Decode processes per encode actor."""
+    """Decode processes per encode actor. None: the cores of an actor's share of its node, less one, at most 16; a
+    quarter of them without GPUs."""
     max_attempts: Annotated[int, Field(ge=2)] = 3
     """A shard that was begun this often without an end is not tried again. From the second time on it runs alone in
     its actor, so that only its own end counts."""
     on_poison_shard: Literal["stop", "set_aside"] = "stop"
+    """What becomes of the run then: it stops and names the shard, or goes on without it."""
     shard_timeout_minutes: Annotated[float, Field(ge=1)] = 240.0
     """Ray ends the run if nothing at all comes back for this long."""
 
@@ -48,11 +67,12 @@ def load_config(model: type[ConfigType], path: Path | str, overrides: Sequence[s
     """
     path = Path(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise ConfigError(f"config {path} does not exist (relative paths start at {Path.cwd()})") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path with a NUL
         raise ConfigError(f"config {path}: {error}") from error
+    raw = _parse(text, f"config {path}: it")
     if not isinstance(raw, dict):
         raise ConfigError(f"config {path}: expected a mapping of settings, got {type(raw).__name__}")
     for override in overrides:
@@ -63,14 +83,36 @@ def load_config(model: type[ConfigType], path: Path | str, overrides: Sequence[s
         raise ConfigError(f"config {path}:\n  " + "\n  ".join(_problems(model, error))) from error
 
 
+def _parse(text: str, where: str) -> Any:
+    """YAML as plain values; ConfigError if it is none, or nests or repeats beyond all reason."""
+    try:
+        value = yaml.safe_load(text)
+    # PyYAML's own constructors let pass what they meet in "2001-99-99", "!!timestamp x" or an integer of 5,000 digits
+    except (yaml.YAMLError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{where} is not YAML: {error}") from error
+    level, left = [value], MAX_VALUES
+    for _ in range(MAX_DEPTH):
+        left -= len(level)
+        level = list(islice((inner for one in level for inner in _inside(one)), left + 1))
+        if len(level) > left:
+            raise ConfigError(f"{where} holds over {MAX_VALUES:,} values; do its aliases repeat each other?")
+    if level:
+        raise ConfigError(f"{where} nests over {MAX_DEPTH} deep; does an alias hold itself?")
+    return value
+
+
+def _inside(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        yield from value.values()
+    elif isinstance(value, list | tuple | set):
+        yield from value
+
+
 def _apply(raw: dict[str, Any], override: str) -> None:
     name, separator, text = override.partition("=")
     if not separator or not all(name.split(".")):
         raise ConfigError(f"--set: expected section.setting=value, got {override!r}")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {name}: value is not YAML: {error}") from error
+    value = _parse(text, f"--set {name}: value")
     *sections, last = name.split(".")
     place = raw
     for section in sections:
@@ -110,11 +152,19 @@ def _explain(model: type[BaseModel], path: tuple[str, ...], problem: Any) -> str
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
         return f"{where}: unknown setting; {hint}"
-    message = problem["msg"].removeprefix("Value error, ")
-    # our own errors say what they got; a mapping may hold a credential
-    if problem["type"] in ("missing", "value_error") or isinstance(problem["input"], dict):
-        return f"{where}: {message}"
-    return f"{where}: {message}, got {_shown(problem['input'])}"
+    if problem["type"] == "union_tag_invalid":
+        context = problem["ctx"]
+        return f"{where}.kind: expected one of {context['expected_tags']}, got {_shown(context['tag'])}"
+    if problem["type"] == "value_error":  # our own: they say what they got, and some of them where
+        message = problem["msg"].removeprefix("Value error, ")
+        return message if message.startswith(f"{where}.") else f"{where}: {message}"
+    message = _EXPECTED.get(problem["type"], problem["msg"])
+    if isinstance(problem["input"], dict):  # may hold a credential
+        quotes = '; a text that begins with { needs quotes: "{column}"' if problem["type"] == "string_type" else ""
+        return f"{where}: {message}{quotes}"
+    if problem["type"] == "tuple_type" and path[-1].isdecimal():
+        message += " (a list of lists, such as [[96, 160]])"
+    return f"{where}: {message}" + ("" if problem["type"] == "missing" else f", got {_shown(problem['input'])}")
 
 
 def _shown(value: Any) -> str:

@@ -21,7 +21,7 @@ import typer
 if __name__ == "__main__":  # a script's own folder comes first on its import path; the project's must
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from jobs.cluster import connected, decide_shape, node_resources
+from jobs.cluster import connected, decide_shape, node_resources, require_lasting_output
 from jobs.config import EncodeConfig, load_config
 from jobs.console import RunDisplay
 from jobs.messages import report_errors
@@ -45,6 +45,7 @@ def encode(
 def run_encode(config: EncodeConfig) -> Manifest:
     """The whole job: plan, encode what has no receipt, write the manifest. Errors as `plan_run`, and ShardError."""
     display, log = RunDisplay(), RunLog()
+    require_lasting_output(config.output.url)
     display.starting(config)
     plan = plan_run(config, config.model_dump(mode="json"))
     display.planned(plan)

@@ -31,7 +31,9 @@ class VAESource(Policy):
     spec: str | None = None
     """Name of a literal spec; its weights are random, made from `seed`. They encode nothing meaningful."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of those random weights."""
     options: StoreOptions
+    """fsspec options of the checkpoint's store; no credentials."""
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:

@@ -18,7 +18,7 @@ BackendName = Literal["pyav", "decord"]
 
 
 _SECRET_NAME = re.compile(r"secret|token|passw|credential|(^|_)key$|sas|connection_string", re.IGNORECASE)
-_SECRET_URL = re.compile(r"://[^/@\s]*:[^/@\s]*@", re.IGNORECASE)
+_SECRET_URL = re.compile(r"://[^/@\s]*:[^/@\s]*@|https?://[^/@\s]+@", re.IGNORECASE)
 _SIGNED_URL = re.compile(
     r"://.*[?&](x-amz-|x-goog-)?(signature|security-token|sig|token|access_token)=", re.IGNORECASE
 )
@@ -60,7 +60,13 @@ PublicUrl = Annotated[str, AfterValidator(refuse_secrets), AfterValidator(absolu
 class Policy(BaseModel):
     """Frozen, strict about unknown keys. Its errors do not print what was given: that may be a refused secret."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        hide_input_in_errors=True,
+        use_attribute_docstrings=True,  # the settings reference is made from them
+    )
 
 
 class WindowPolicy(Policy):
@@ -127,6 +133,7 @@ class DecodePolicy(Policy):
     memory_mb: Annotated[int, Field(ge=128)] = 4096
     """Private memory (RSS less shared) of a child."""
     max_clip_bytes: Annotated[int, Field(ge=1)] = 2 << 30
+    """A larger file is rejected too_large without being read to its end."""
     threads: Annotated[int, Field(ge=1)] = 1
     """Codec threads per child. More children scale better than more threads."""
     windows_in_flight: Annotated[int, Field(ge=1)] = 2
@@ -145,12 +152,14 @@ class EncodePolicy(Policy):
     dtype: DTypeName = "float32"
     """Compute dtype of the VAE."""
     storage_dtype: DTypeName = "float16"
+    """dtype of the stored moments."""
     logvar: bool = False
     """Store the posterior's log variance beside its mean."""
     batch_pixels: Annotated[int, Field(ge=1)] = 17 * 256 * 256
     """Frames x height x width of one batch: as many tiles of a bucket as fit are stacked, at least one. The default
     suits a CPU; a large GPU takes sixteen times as much."""
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
+    """Memory layout of the VAE's activations; auto is channels_last."""
     compile: bool = False
     """torch.compile the tile encoder; one shape per bucket."""
     threads: Annotated[int, Field(ge=1)] | None = None

@@ -8,7 +8,9 @@ from __future__ import annotations
 import platform
 import time
 import uuid
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +35,10 @@ from pipeline.shard import ShardFailed, ShardJob, ShardOutcome, ShardPoisoned, S
 from pipeline.sources import SourceSpec, count_samples, plan_source
 from pipeline.storage import Store
 
+COMMITS_AT_ONCE = 32
+HURRY_SECONDS = 1.0
+"""Outcomes that come faster than this do not wait for the commit before them."""
+
 
 class OutputSpec(Policy):
     """Where the dataset goes."""
@@ -40,9 +46,11 @@ class OutputSpec(Policy):
     url: PublicUrl
     """A local folder or any fsspec URL."""
     format: FormatName = "webdataset"
+    """webdataset: tars. parquet: one file per shard, with FastVideo's columns and more."""
     single_driver: bool = False
     """Promise that one driver at a time writes here; needed for stores without conditional writes."""
     options: StoreOptions
+    """fsspec options of the store, such as {endpoint_url: "https://..."}; no credentials."""
 
 
 class EncodeSettings(Policy):
@@ -188,27 +196,52 @@ class RunLog:
 def commit_all(
     plan: RunPlan, outcomes: Iterable[ShardOutcome], log: RunLog, *, set_aside_poison: bool
 ) -> Iterator[ShardReceipt]:
-    """Write the receipt of each stored shard as it comes back; yield the receipt that stands.
+    """Write the receipt of each stored shard as it comes back; yield the receipts that stand.
+
+    A commit is three requests to the store, a tenth of a second on S3: one after the other they would hold up a
+    cluster that ends more than ten shards a second. Receipts depend on nothing but their shard, so some are
+    written at once. What was begun is ended, whatever comes in between.
 
     Raises ShardError for a shard that failed, PoisonShard for one that ended its actor too often, unless such shards
     are to be set aside.
     """
-    for outcome in outcomes:
-        match outcome:
-            case ShardStored(receipt=receipt, seconds=seconds):
-                standing = plan.dataset.commit(receipt)
-                log.note(standing.shard_id, seconds)
-                yield standing
-            case ShardFailed(shard_id=shard_id, error=error):
-                raise ShardError(shard_id, error)
-            case ShardPoisoned(shard_id=shard_id) if set_aside_poison:
-                log.set_aside.append(shard_id)
-            case ShardPoisoned(shard_id=shard_id, poison_attempts=attempts):
-                raise PoisonShard(
-                    shard_id,
-                    f"ended its encode actor {attempts} times. Look at its clips, raise the actor's memory, or set "
-                    "cluster.on_poison_shard: set_aside to go on without it.",
-                )
+    under_way: deque[Future[ShardReceipt]] = deque()
+    with ThreadPoolExecutor(COMMITS_AT_ONCE, thread_name_prefix="commit") as pool:
+        asked = time.monotonic()
+        for outcome in outcomes:
+            in_a_hurry = time.monotonic() - asked < HURRY_SECONDS
+            match outcome:
+                case ShardStored():
+                    under_way.append(pool.submit(_commit, plan.dataset, outcome, log))
+                case ShardPoisoned(shard_id=shard_id) if set_aside_poison:
+                    log.set_aside.append(shard_id)
+                case _:
+                    raise _failure(outcome)
+            yield from _ended(under_way, leave=COMMITS_AT_ONCE if in_a_hurry else 0)
+            asked = time.monotonic()
+        yield from _ended(under_way, leave=0)
+
+
+def _commit(dataset: DatasetFolder, stored: ShardStored, log: RunLog) -> ShardReceipt:
+    standing = dataset.commit(stored.receipt)
+    log.note(standing.shard_id, stored.seconds)
+    return standing
+
+
+def _ended(under_way: deque[Future[ShardReceipt]], *, leave: int) -> Iterator[ShardReceipt]:
+    """The results of commits that have ended, oldest first; waits while more than `leave` have not."""
+    while under_way and (len(under_way) > leave or under_way[0].done()):
+        yield under_way.popleft().result()
+
+
+def _failure(outcome: ShardFailed | ShardPoisoned) -> ShardError:
+    if isinstance(outcome, ShardFailed):
+        return ShardError(outcome.shard_id, outcome.error)
+    return PoisonShard(
+        outcome.shard_id,
+        f"ended its encode actor {outcome.poison_attempts} times. Look at its clips, raise the actor's memory, or "
+        "set cluster.on_poison_shard: set_aside to go on without it.",
+    )
 
 
 def finish_run(plan: RunPlan, log: RunLog) -> Manifest:

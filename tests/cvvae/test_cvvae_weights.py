@@ -23,6 +23,8 @@ def assert_same_weights(got, expected):
 def test_saved_models_come_back(name, tmp_path):
     vae = seeded_vae(SPECS[name], seed=3)
     loaded = load_vae(save_vae(vae, tmp_path / "saved"))
+    weights, config = (tmp_path / "saved" / name for name in ("diffusion_pytorch_model.safetensors", "config.json"))
+    assert weights.stat().st_mode == config.stat().st_mode, "whoever may read the one may read the other"
     assert_same_weights(loaded, vae)
     assert loaded.weights_sha256 == weights_sha256(tmp_path / "saved")
     assert loaded.weights_sha256 == weights_sha256(tmp_path / "saved" / "diffusion_pytorch_model.safetensors")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.cluster import MAX_DECODE_CHILDREN, decide_shape
+from jobs.cluster import MAX_DECODE_CHILDREN, decide_shape, require_lasting_output
 from jobs.config import ClusterConfig
 from pipeline.dataflow import ActorShape
 from pipeline.errors import ConfigError
@@ -132,3 +133,17 @@ def test_derived_actors_all_fit(nodes: list[dict[str, float]]) -> None:
     assert found.num_actors == sum(one.get("GPU", 0) for one in nodes)
     for one in nodes:
         assert found.num_cpus * one.get("GPU", 0) <= one["CPU"] + 1e-9
+
+
+def test_an_output_inside_a_submitted_jobs_package_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray deletes that folder after the job; a relative output.url would be lost with it."""
+    package = tmp_path / "runtime_resources/working_dir_files/_ray_pkg_0123"
+    package.mkdir(parents=True)
+    require_lasting_output(str(package / "out"))
+    monkeypatch.chdir(package)
+    require_lasting_output(str(tmp_path / "out"))
+    require_lasting_output("s3://bucket/out")
+    with pytest.raises(ConfigError, match=r"output\.url: .*expected an absolute path"):
+        require_lasting_output(str(package / "out"))
