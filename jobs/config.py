@@ -158,7 +158,7 @@ def _explain(model: type[BaseModel], path: tuple[str, ...], problem: Any) -> str
     if problem["type"] == "value_error":  # our own: they say what they got, and some of them where
         message = problem["msg"].removeprefix("Value error, ")
         return message if message.startswith(f"{where}.") else f"{where}: {message}"
-    message = _EXPECTED.get(problem["type"], problem["msg"])
+    message = str(_EXPECTED.get(problem["type"], problem["msg"]))
     if isinstance(problem["input"], dict):  # may hold a credential
         quotes = '; a text that begins with { needs quotes: "{column}"' if problem["type"] == "string_type" else ""
         return f"{where}: {message}{quotes}"

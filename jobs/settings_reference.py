@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
-from annotated_types import Ge, Gt, MinLen
+from annotated_types import Ge, Gt, Le, MinLen
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
@@ -97,6 +97,8 @@ def _bound(limit: Any) -> str | None:
             return f">= {low}"
         case Gt(gt=low):
             return f"> {low}"
+        case Le(le=high):
+            return f"<= {high}"
         case MinLen():
             return "not empty"
     return None

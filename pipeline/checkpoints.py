@@ -11,12 +11,13 @@ from typing import Annotated, Any, Self
 
 import torch
 from filelock import FileLock
-from fsspec.core import url_to_fs
 from pydantic import Field, model_validator
 
 from cvvae import SPECS, VideoVAE, load_vae, seeded_vae
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, StorageError
 from pipeline.policies import Policy, PublicUrl, StoreOptions
+from pipeline.storage import open_url
+from pipeline.store_errors import client_errors, redact
 
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors",)
 CHECKPOINT_SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt")
@@ -80,13 +81,15 @@ def fetch_checkpoint(url: str, options: dict[str, Any] | None = None, *, cache: 
             raise ConfigError(f"vae.checkpoint: {url} does not exist (relative paths start at {Path.cwd()})")
         return path
     try:
-        fs, root = url_to_fs(url, **(options or {}))
+        fs, root = open_url(url, options)
         fs.invalidate_cache()  # a replaced checkpoint must be seen
         files = _wanted_files(fs, root)
     except FileNotFoundError as error:
-        raise ConfigError(f"vae.checkpoint: {url} does not exist") from error
-    except (ImportError, ValueError, OSError) as error:
-        raise ConfigError(f"vae.checkpoint: cannot open {url}: {error}") from error
+        raise ConfigError(f"vae.checkpoint: {redact(url)} does not exist") from error
+    except (ImportError, ValueError, StorageError, *client_errors()) as error:
+        raise ConfigError(
+            f"vae.checkpoint: cannot open {redact(url)}: {type(error).__name__}: {redact(str(error))}"
+        ) from error
     if not files:
         raise ConfigError(f"vae.checkpoint: {url} holds no config.json with safetensors and no .ckpt")
     version = hashlib.sha256(repr((url, sorted(files.items()))).encode()).hexdigest()[:16]
@@ -123,7 +126,7 @@ def _download(fs: Any, files: dict[str, str], folder: Path) -> None:
         for remote in files:
             fs.get_file(remote, str(staged / remote.rsplit("/", 1)[-1]))
         staged.rename(folder)
-    except OSError as error:
-        raise ConfigError(f"vae.checkpoint: fetching {', '.join(files)} broke off: {error}") from error
+    except client_errors() as error:
+        raise ConfigError(f"vae.checkpoint: fetching {', '.join(files)} broke off: {redact(str(error))}") from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)

@@ -11,6 +11,7 @@ Plain Python: no Ray in here, so that everything but the scheduling is tested wi
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Iterator
 from contextlib import closing
@@ -36,9 +37,12 @@ from pipeline.scratch import Scratch
 from pipeline.sources import SourceDigest, SourceSpec, read_shard
 from pipeline.spool import LatentSpool
 from pipeline.stats import ChannelStatistics
-from pipeline.storage import Store, redact
+from pipeline.storage import Store
+from pipeline.store_errors import redact
 
 log = logging.getLogger(__name__)
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +97,8 @@ class ShardEncoder:
         self._storage_dtype = DTYPES[job.identity.storage_dtype]
 
     def run(self, shard: VideoShard) -> ShardStored:
-        """Encode and store one shard. ShardError if what is stored under its name cannot be ours."""
+        """Encode and store one shard. ShardError if what is stored under its name cannot be ours, or if there is no
+        local room for it."""
         clock = StageClock()
         lost: dict[str, Rejection] = {}
         while True:
@@ -104,6 +109,13 @@ class ShardEncoder:
                 # Without it they are those of the other clips alone, in this run as in any other.
                 log.warning("shard starts over without a clip: shard=%s clip=%s", shard.id, clip.rejection.key)
                 lost[clip.rejection.key] = clip.rejection
+            except OSError as error:  # of the store it would be a StorageError
+                if error.errno not in _NO_ROOM:
+                    raise
+                where = self._scratch.path.parent
+                raise ShardError(
+                    shard.id, f"cannot write to its node's scratch folder {where} (in $TMPDIR): {error}"
+                ) from error
 
     def _run_without(self, lost: dict[str, Rejection], shard: VideoShard, clock: StageClock) -> ShardStored:
         """One pass over the shard; `lost` clips are rejected unseen."""

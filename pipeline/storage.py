@@ -12,27 +12,27 @@ from __future__ import annotations
 
 import errno
 import io
-import re
-import sys
+import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from fsspec.asyn import sync
 from fsspec.core import url_to_fs
 
-from pipeline.errors import PipelineError, SourceChanged, StorageError
+from pipeline.errors import SourceChanged, StorageError
 from pipeline.local_files import STAGING, create_file, replace_file
+from pipeline.store_errors import LIST_RIGHT, READ_RIGHT, S3_PROTOCOLS, S3_URLS, reading, redact, refused, writing
 
 LOCAL_PROTOCOLS = ("file", "local")
-S3_PROTOCOLS = ("s3", "s3a")
+PARTS_AT_ONCE = 4
+"""Parts of 50 MiB of one upload that are in memory and under way."""
 READ_BLOCK = 8 << 20
 MAX_RESUMES = 5
 MAX_CONFLICTS = 5
-_USER = re.compile(r"(?<=://)[^/?#]*@")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,38 +45,13 @@ class ObjectInfo:
     etag: str | None
 
 
-def redact(url: str) -> str:
-    """The URL without a user:password part, which fsspec accepts in some protocols."""
-    return _USER.sub("", url)
+def open_url(url: str, options: dict[str, Any] | None = None) -> tuple[Any, str]:
+    """The fsspec file system of a URL and the path in it. S3 gets our retries and deadlines (s3_client.py)."""
+    if url.startswith(S3_URLS) and find_spec("s3fs"):
+        from pipeline.s3_client import s3_options
 
-
-def _client_errors() -> tuple[type[Exception], ...]:
-    """What a store's client raises: OSError, and botocore's own tree where it is in use."""
-    botocore = sys.modules.get("botocore.exceptions")
-    return (OSError,) if botocore is None else (OSError, botocore.BotoCoreError)
-
-
-@contextmanager
-def _reading(url: str) -> Iterator[None]:
-    """FileNotFoundError if there is no such object; any other failure is a StorageError that names it."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except (IsADirectoryError, NotADirectoryError) as error:
-        raise FileNotFoundError(errno.ENOENT, "no such object", redact(url)) from error
-    except (*_client_errors(), ImportError) as error:  # ImportError: the protocol's package is missing
-        if getattr(error, "errno", None) == errno.ENAMETOOLONG:
-            raise FileNotFoundError(errno.ENOENT, "no such object", redact(url)) from error
-        raise StorageError(f"cannot read {redact(url)}: {type(error).__name__}: {error}") from error
-
-
-@contextmanager
-def _writing(url: str) -> Iterator[None]:
-    try:
-        yield
-    except _client_errors() as error:
-        raise StorageError(f"cannot write {redact(url)}: {type(error).__name__}: {error}") from error
+        options = s3_options(options or {})
+    return url_to_fs(url, **(options or {}))
 
 
 class Store:
@@ -87,9 +62,9 @@ class Store:
         self.options = dict(options or {})
         self.single_driver = single_driver
         try:
-            self._fs, self._root = url_to_fs(self.url, **self.options)
-        except (ImportError, ValueError) as error:
-            raise StorageError(f"cannot open {redact(url)}: {error}") from error
+            self._fs, self._root = open_url(self.url, self.options)
+        except (ImportError, ValueError, TypeError) as error:  # TypeError: an option its client does not know
+            raise StorageError(f"cannot open {redact(url)}: {redact(str(error))}") from error
         protocol = self._fs.protocol
         self.protocol: str = protocol if isinstance(protocol, str) else protocol[0]
 
@@ -118,7 +93,7 @@ class Store:
     def info(self, name: str) -> ObjectInfo | None:
         """Size and ETag; None if there is no such object."""
         try:
-            with _reading(self.full_url(name)):
+            with reading(self.full_url(name)):
                 details = _fresh(self._fs).info(self.path(name))
         except FileNotFoundError:
             return None
@@ -128,17 +103,20 @@ class Store:
 
     def read_bytes(self, name: str) -> bytes:
         """The whole object; FileNotFoundError if absent."""
-        with _reading(self.full_url(name)):
-            return cast(bytes, self._fs.cat_file(self.path(name)))
+        if self.protocol not in S3_PROTOCOLS:
+            with reading(self.full_url(name)):
+                return cast(bytes, self._fs.cat_file(self.path(name)))
+        with self.open_stream(name) as stream:  # one request; s3fs asks for the size first
+            return b"".join(iter(lambda: stream.read(READ_BLOCK) or b"", b""))
 
     def open_seekable(self, name: str) -> BinaryIO:
         """A seekable file that reads ahead in large blocks; FileNotFoundError if absent."""
-        with _reading(self.full_url(name)):
+        with reading(self.full_url(name)):
             return cast(BinaryIO, self._fs.open(self.path(name), "rb", block_size=READ_BLOCK))
 
     def open_stream(self, name: str) -> io.RawIOBase:
         """A forward-only reader; FileNotFoundError if absent."""
-        with _reading(self.full_url(name)):
+        with reading(self.full_url(name)):
             return _open_stream(self._fs, self.path(name), etag=None)
 
     def local_file(self, name: str, folder: Path) -> Path:
@@ -159,13 +137,28 @@ class Store:
 
     def names(self, folder: str, suffix: str) -> Iterator[str]:
         """Names (without folder) of the objects directly in a folder that end with suffix, sorted."""
+        yield from self.etags(folder, suffix)
+
+    def etags(self, folder: str, suffix: str) -> dict[str, str | None]:
+        """The ETag by name of the objects directly in a folder that end with suffix, sorted by name: one listing.
+
+        None where the store has no ETags. Empty if there is no such folder.
+        """
         try:
-            with _reading(self.full_url(folder)):
-                entries = _fresh(self._fs).ls(self.path(folder), detail=True)
+            with reading(self.full_url(folder), LIST_RIGHT):
+                found = self._local_names(folder) if self.is_local else self._listed(folder)
         except FileNotFoundError:
-            return
-        found = (e["name"].rsplit("/", 1)[-1] for e in entries if e.get("type") != "directory")
-        yield from sorted(name for name in found if name.endswith(suffix))
+            return {}
+        return dict(sorted((name, etag) for name, etag in found if name.endswith(suffix)))
+
+    def _local_names(self, folder: str) -> list[tuple[str, None]]:
+        """Without a stat of each file, which fsspec's listing makes."""
+        with os.scandir(self.path(folder)) as entries:
+            return [(entry.name, None) for entry in entries if not entry.is_dir()]
+
+    def _listed(self, folder: str) -> list[tuple[str, str | None]]:
+        entries = _fresh(self._fs).ls(self.path(folder), detail=True)
+        return [(e["name"].rsplit("/", 1)[-1], _etag(e)) for e in entries if e.get("type") != "directory"]
 
     def create(self, name: str, content: bytes | Path) -> bool:
         """Create the object only if it is absent. True if this call created it, False if one was there.
@@ -173,7 +166,7 @@ class Store:
         After False the caller must look at what is there: it may be this very content, written by an earlier
         attempt or by a request whose reply was lost.
         """
-        with _writing(self.full_url(name)):
+        with writing(self.full_url(name)):
             if self.is_local:
                 return create_file(Path(self.path(name)), content, self._staging)
             if self.protocol in S3_PROTOCOLS:
@@ -195,7 +188,7 @@ class Store:
             except OSError as error:
                 # Some S3-compatible servers answer the failed condition in a form that s3fs maps to a plain
                 # OSError; whether an object is there now decides.
-                if self.info(name) is not None:
+                if self._is_there(name):
                     return False
                 if _http_status(error) != 409 or attempt == MAX_CONFLICTS:
                     raise
@@ -204,9 +197,16 @@ class Store:
                 return True
         raise AssertionError("unreachable: the last conflict raises")
 
+    def _is_there(self, name: str) -> bool:
+        """False, too, if the store does not say: the error at hand is the one to report then."""
+        try:
+            return self.info(name) is not None
+        except StorageError:
+            return False
+
     def replace(self, name: str, content: bytes) -> None:
         """Write the object whether or not one is there; readers see the old or the new one whole."""
-        with _writing(self.full_url(name)):
+        with writing(self.full_url(name)):
             if not self.is_local:
                 self._upload(self.path(name), content)
                 return
@@ -214,6 +214,8 @@ class Store:
 
     def _upload(self, path: str, content: bytes | Path, **options: Any) -> None:
         if isinstance(content, Path):
+            if self.protocol in S3_PROTOCOLS:
+                options["max_concurrency"] = PARTS_AT_ONCE
             self._fs.put_file(str(content), path, **options)
         else:
             self._fs.pipe_file(path, content, **options)
@@ -246,8 +248,8 @@ def _etag(details: dict[str, Any]) -> str | None:
 
 def object_info(url: str, options: dict[str, Any] | None = None) -> ObjectInfo:
     """Size and ETag of one URL; FileNotFoundError if absent."""
-    with _reading(url):
-        fs, path = url_to_fs(url, **(options or {}))
+    with reading(url):
+        fs, path = open_url(url, options)
         details = _fresh(fs).info(path)
         if details.get("type") == "directory":
             raise IsADirectoryError(errno.EISDIR, "a folder", url)
@@ -256,16 +258,16 @@ def object_info(url: str, options: dict[str, Any] | None = None) -> ObjectInfo:
 
 def list_folder(url: str, options: dict[str, Any] | None = None) -> list[ObjectInfo]:
     """Objects directly under a folder, sorted by URL. FileNotFoundError if there is no such folder."""
-    with _reading(url):
-        fs, path = url_to_fs(url.rstrip("/"), **(options or {}))
+    with reading(url, LIST_RIGHT):
+        fs, path = open_url(url.rstrip("/"), options)
         entries = _fresh(fs).ls(path, detail=True)
     return _infos(fs, [e for e in entries if e.get("type") != "directory"])
 
 
 def glob_objects(url: str, options: dict[str, Any] | None = None) -> list[ObjectInfo]:
     """Objects that match a glob, sorted by URL."""
-    with _reading(url):
-        fs, path = url_to_fs(url, **(options or {}))
+    with reading(url, LIST_RIGHT):
+        fs, path = open_url(url, options)
         found = cast("dict[str, dict[str, Any]]", _fresh(fs).glob(path, detail=True))
     return _infos(fs, [e for e in found.values() if e.get("type") != "directory"])
 
@@ -278,8 +280,8 @@ def _infos(fs: Any, entries: list[dict[str, Any]]) -> list[ObjectInfo]:
 
 def open_seekable_url(url: str, options: dict[str, Any] | None = None) -> BinaryIO:
     """A seekable file of one object; FileNotFoundError if absent."""
-    with _reading(url):
-        fs, path = url_to_fs(url, **(options or {}))
+    with reading(url):
+        fs, path = open_url(url, options)
         return cast(BinaryIO, fs.open(path, "rb"))
 
 
@@ -289,14 +291,17 @@ def open_stream(url: str, options: dict[str, Any] | None = None, etag: str | Non
     S3: a single GET whose body is read as it comes; after a fault the rest is asked for by range, and only of
     the same version (If-Match); SourceChanged if it is there no more. Other stores: sequential reads in large blocks.
     """
-    with _reading(url):
-        fs, path = url_to_fs(url, **(options or {}))
+    with reading(url):
+        fs, path = open_url(url, options)
         return _open_stream(fs, path, etag)
 
 
 def _open_stream(fs: Any, path: str, etag: str | None) -> io.RawIOBase:
     if isinstance(fs.protocol, tuple) and "s3" in fs.protocol:
         return _S3Stream(fs, path, etag)
+    if "file" in fs.protocol and Path(path).exists() and not Path(path).is_file():
+        # a FIFO would be waited for, and a device may never end
+        raise FileNotFoundError(errno.ENOENT, "no regular file", path)
     return cast(io.RawIOBase, fs.open(path, "rb", **_block_options(fs)))
 
 
@@ -333,11 +338,9 @@ class _S3Stream(io.RawIOBase):
         for attempt in range(MAX_RESUMES + 1):
             if self._end is not None and self._position >= self._end and self._body is None:
                 return b""
+            body = self._body or self._open_body()
             try:
-                body = self._body or self._open_body()
                 data = cast(bytes, sync(self._fs.loop, body.read, size))
-            except (FileNotFoundError, PipelineError):
-                raise
             except Exception as error:  # noqa: BLE001 - aiobotocore raises a dozen unrelated types for a cut body
                 self._fault(error, attempt)
                 continue
@@ -356,9 +359,10 @@ class _S3Stream(io.RawIOBase):
         if self._etag:
             request["IfMatch"] = f'"{self._etag}"'
         try:
-            reply = self._fs.call_s3("get_object", **request)
-        except OSError as error:
-            if _http_status(error) == 412:
+            with reading(self._url):  # the client has tried again as often as it should
+                reply = self._fs.call_s3("get_object", **request)
+        except StorageError as error:
+            if error.__cause__ is not None and _http_status(error.__cause__) == 412:
                 raise SourceChanged(f"{self._url}: it is not the version (ETag {self._etag}) it was") from error
             raise
         self._body = reply["Body"]
@@ -374,9 +378,9 @@ class _S3Stream(io.RawIOBase):
 
     def _fault(self, error: Exception, attempt: int) -> None:
         self._drop_body()
-        # a refusal stays one; a wrong checksum condemns bytes that were handed out already
-        if isinstance(error, PermissionError) or type(error).__name__ == "FlexibleChecksumError":
-            raise StorageError(f"cannot read {self._url}: {type(error).__name__}: {error}") from error
+        # a wrong checksum condemns bytes that were handed out already
+        if type(error).__name__ == "FlexibleChecksumError":
+            raise refused("read", self._url, error, READ_RIGHT) from error
         if attempt >= MAX_RESUMES:
             raise StorageError(
                 f"{self._url}: reading broke {MAX_RESUMES + 1} times in a row "

@@ -5,6 +5,10 @@ an edit list or have no time stamp, its length counts hidden frames, and it repl
 neighbour. So times, length and container facts come from PyAV's demuxer, every replaced frame is an error
 (`fault_tol`), and a clip whose frames are fewer than its packets is refused. Damage that decord's own codecs hide
 is not detectable: 10-bit video is read, but rounds differently (up to 13 levels) from PyAV.
+
+A clip is decoded twice: once to see that it can be, then for its frames. decord decodes in a thread of its own, so
+how many frames it gives before it reports an error is chance, and windows given by chance would shift the batches
+of all that follows.
 """
 
 from __future__ import annotations
@@ -38,9 +42,16 @@ class DecordFrames:
             raise ClipError(RejectionClass.DECODE_FAILED, "decode", "decord does not mirror a mirrored video")
         self.video = replace(found.video, decoder=DECODER)
         self._times = found.times
+        self._threads = threads
+        self._reader = self._open()
+        for number in range(len(self._times)):
+            self._next_frame(number)
+        self._reader = self._open()
+
+    def _open(self) -> decord.VideoReader:
         try:
             # its stub says int; a share is documented
-            self._reader = decord.VideoReader(path, num_threads=threads, fault_tol=_NO_REPLACED_FRAME)  # pyright: ignore[reportArgumentType]
+            return decord.VideoReader(self._path, num_threads=self._threads, fault_tol=_NO_REPLACED_FRAME)  # pyright: ignore[reportArgumentType]
         except _ERRORS as error:
             raise _failure(error, self._path) from error
 
@@ -75,6 +86,6 @@ def _failure(error: Exception, path: str) -> ClipError:
     Time of day, source lines and file names are cut out: receipts must not differ between runs.
     """
     text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    text = re.sub(r"^\[[\d:]+\]\s+\S+:\d+:\s*", "", text)
+    text = re.sub(r"\[[\d:]+\]\s+\S+:\d+:\s*", "", text)  # more than once where its threads pass errors on
     text = text.replace(f"[{path}]", "").replace(path, "the clip")
     return ClipError(RejectionClass.DECODE_FAILED, "decode", f"decord: {' '.join(text.split())}")

@@ -168,7 +168,8 @@ class PyAvFrames:
 
 def open_container(path: str) -> InputContainer:
     try:
-        return av.open(path, options=_DEMUX_OPTIONS)
+        # tags in another encoding, such as a Latin-1 title, say nothing about the pictures
+        return av.open(path, options=_DEMUX_OPTIONS, metadata_errors="replace")
     except av.error.FFmpegError as error:
         message = f"no video container that libav knows, or its header is damaged ({error.strerror})"
         raise ClipError(RejectionClass.UNSUPPORTED_CONTAINER, "decode", message) from error
@@ -228,6 +229,9 @@ def _video_stream(container: InputContainer) -> VideoStream:
     """The first video stream that is not cover art."""
     for stream in container.streams.video:
         if not _is_picture(stream):
+            if stream.codec_context is None:  # PyAV's stubs say that there is always one
+                message = "libav has no decoder for the video stream's codec"
+                raise ClipError(RejectionClass.DECODE_FAILED, "decode", message)
             if stream.codec_context.width == 0:  # libav takes back a declared size over max_pixels
                 message = f"the video stream declares no frame size, or more than {MAX_FRAME_PIXELS} pixels"
                 raise ClipError(RejectionClass.NO_FRAMES, "decode", message)

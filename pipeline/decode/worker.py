@@ -181,13 +181,22 @@ class PoolWorker:
         if self._child is not None and not self._child.is_alive:
             self._end_child()
         if self._child is None:
-            self._child = DecodeChild()
+            self._child = _started_child()
         return self._child
 
     def _end_child(self) -> None:
         child, self._child = self._child, None
         if child is not None:
             child.kill()
+
+
+def _started_child() -> DecodeChild:
+    """PipelineError if two do not start: one may be killed as it starts, as it may be later."""
+    try:
+        return DecodeChild()
+    except PipelineError as error:
+        logger.warning("decode child started once more: why=%s", error)
+        return DecodeChild()
 
 
 class _Sequence:

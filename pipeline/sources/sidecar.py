@@ -11,7 +11,11 @@ import pyarrow.parquet as pq
 from pipeline.errors import StorageError
 from pipeline.storage import open_seekable_url, open_stream
 
+MAX_BYTES = 256 << 20
+MAX_ROWS = 1_000_000
+"""Beyond either it is no sidecar of a tar: video2dataset's have 10,000 rows by default."""
 _CHUNK = 1 << 20
+_DAMAGE = (pa.ArrowException, OSError, ValueError, ArithmeticError, LookupError, MemoryError)
 
 
 def sidecar_url(tar_url: str) -> str:
@@ -26,13 +30,20 @@ def sidecar_keys(tar_url: str, options: dict[str, Any]) -> list[str]:
     """
     try:
         with open_stream(sidecar_url(tar_url), options) as stream:
-            content = b"".join(iter(lambda: stream.read(_CHUNK) or b"", b""))
+            content = bytearray()
+            while len(content) <= MAX_BYTES and (chunk := stream.read(_CHUNK)):
+                content += chunk
     except FileNotFoundError:
+        return []
+    if len(content) > MAX_BYTES:
         return []
     try:
         # from memory: an OSError of the parser is damage, one of the store above is not and passes
-        keys = pq.read_table(io.BytesIO(content), columns=["key"]).column("key").to_pylist()
-    except (pa.ArrowException, OSError, ValueError, KeyError):
+        parquet = pq.ParquetFile(io.BytesIO(content))
+        if parquet.metadata.num_rows > MAX_ROWS:
+            return []
+        keys = parquet.read(columns=["key"]).column("key").to_pylist()
+    except _DAMAGE:
         return []
     return [str(key) for key in keys if key is not None]
 
@@ -41,6 +52,7 @@ def sidecar_num_rows(tar_url: str, options: dict[str, Any]) -> int | None:
     """Samples in the tar according to its sidecar's footer; None without a readable one."""
     try:
         with open_seekable_url(sidecar_url(tar_url), options) as file:
-            return int(pq.ParquetFile(file).metadata.num_rows)
-    except (FileNotFoundError, pa.ArrowException, OSError, ValueError, StorageError):
+            number = int(pq.ParquetFile(file).metadata.num_rows)
+    except (*_DAMAGE, StorageError):  # FileNotFoundError is an OSError
         return None
+    return number if 0 <= number <= MAX_ROWS else None

@@ -11,10 +11,12 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import re
 import string
 from collections import deque
 from collections.abc import Iterator, Sequence
+from decimal import Decimal
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
@@ -29,7 +31,8 @@ from pipeline.sources.digest import SourceDigest
 from pipeline.sources.keys import require_safe_key
 from pipeline.sources.metadata import plain_json
 from pipeline.sources.spec import TableSource
-from pipeline.storage import object_info, open_seekable_url, open_stream, redact
+from pipeline.storage import object_info, open_seekable_url, open_stream
+from pipeline.store_errors import redact
 
 ROWS_TRIED = 100
 """Rows of a table that planning follows to a file before it calls the settings wrong."""
@@ -43,6 +46,8 @@ def plan_table(spec: TableSource) -> tuple[tuple[VideoShard, ...], str]:
         info = object_info(spec.url, spec.options)
     except FileNotFoundError as error:
         raise SourceError(f"source.url: {spec.url} does not exist") from error
+    except (ValueError, TypeError) as error:  # fsspec knows no such protocol, or its client no such option
+        raise ConfigError(f"source.url, source.options: {spec.url!r}: {error}") from error
     is_parquet = spec.url.endswith(".parquet")
     with open_seekable_url(spec.url, spec.options) as file:
         columns, spans = _parquet_spans(file, spec) if is_parquet else _csv_spans(_buffered(file), spec)
@@ -74,10 +79,12 @@ def _require_some_file(shard: VideoShard, spec: TableSource) -> None:
         try:
             if isinstance(row, ClipError):
                 raise row
-            url = _resolve(_fill(spec.uri, row, RejectionClass.NO_VIDEO), spec)
-            object_info(url, spec.options)
-        except (ClipError, FileNotFoundError, ValueError) as error:
-            tried.append(error.message if isinstance(error, ClipError) else url)
+            tried.append(_resolve(_fill(spec.uri, row, RejectionClass.NO_VIDEO), spec))
+            object_info(tried[-1], spec.options)
+        except ClipError as error:
+            tried.append(error.message)
+        except (FileNotFoundError, ValueError):
+            continue
         else:
             return
     raise ConfigError(
@@ -100,11 +107,15 @@ _Span = tuple[tuple[int, int], tuple[int, int] | None]
 def _parquet_spans(file: BinaryIO, spec: TableSource) -> tuple[list[str], list[_Span]]:
     try:
         parquet = pq.ParquetFile(file)
-    except (pa.ArrowException, OSError) as error:
+        columns = list(parquet.schema_arrow.names)
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: a column's name is not UTF-8
         raise SourceError(f"source.url: {spec.url} is not a Parquet file: {error}") from error
     total, step = parquet.metadata.num_rows, spec.rows_per_shard
+    held = sum(parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups))
+    if held != total:
+        raise SourceError(f"source.url: {spec.url} is damaged: its footer says {total} rows, its row groups {held}")
     spans: list[_Span] = [((start, min(start + step, total)), None) for start in range(0, total, step)]
-    return list(parquet.schema_arrow.names), spans
+    return columns, spans
 
 
 def _csv_spans(file: BinaryIO, spec: TableSource) -> tuple[list[str], list[_Span]]:
@@ -200,10 +211,15 @@ def _check_columns(columns: list[str], spec: TableSource) -> None:
 
 def _fill(template: str, row: dict[str, Any], error_class: RejectionClass) -> str:
     """The template with a row's values. ClipError if one of them is missing: half a path is another path."""
-    for _, column, _, _ in string.Formatter().parse(template):
-        if column is not None and row[column] in (None, ""):
+    filled = ""
+    for text, column, _, _ in string.Formatter().parse(template):
+        filled += text
+        if column is None:
+            continue
+        if row[column] in (None, ""):
             raise ClipError(error_class, "read", f"column {column!r} is empty; it is needed for {template!r}")
-    return template.format_map(row)
+        filled += str(row[column])  # format_map would take a column named "a.b" or "0" for something else
+    return filled
 
 
 def count_table_samples(shards: Sequence[VideoShard], spec: TableSource) -> int:
@@ -259,7 +275,7 @@ def _csv_rows(shard: VideoShard, spec: TableSource) -> Iterator[dict[str, Any] |
             yield ClipError(RejectionClass.BAD_METADATA, "read", message)
 
 
-def _parquet_rows(shard: VideoShard, spec: TableSource) -> Iterator[dict[str, Any]]:
+def _parquet_rows(shard: VideoShard, spec: TableSource) -> Iterator[dict[str, Any] | ClipError]:
     assert shard.rows is not None
     start, stop = shard.rows
     with open_seekable_url(spec.url, spec.options) as file:
@@ -269,9 +285,35 @@ def _parquet_rows(shard: VideoShard, spec: TableSource) -> Iterator[dict[str, An
             group_rows = parquet.metadata.row_group(group).num_rows
             low, high = max(start, group_start), min(stop, group_start + group_rows)
             if low < high:
-                table = parquet.read_row_group(group).slice(low - group_start, high - low)
-                yield from table.to_pylist()
+                table = _read_group(parquet, group, spec)
+                yield from _python_rows(table.slice(low - group_start, high - low))
             group_start += group_rows
+
+
+def _read_group(parquet: pq.ParquetFile, group: int, spec: TableSource) -> pa.Table:
+    """SourceError for damaged pages, and for fewer rows than the footer says."""
+    try:
+        table = parquet.read_row_group(group)
+    except (pa.ArrowException, OSError, MemoryError) as error:
+        raise SourceError(f"source.url: {spec.url}: row group {group} cannot be read: {error}") from error
+    expected = parquet.metadata.row_group(group).num_rows
+    if table.num_rows != expected:
+        raise SourceError(
+            f"source.url: {spec.url}: row group {group} has {table.num_rows} rows, its footer says {expected}"
+        )
+    return table
+
+
+def _python_rows(table: pa.Table) -> Iterator[dict[str, Any] | ClipError]:
+    """A row with a value that Python cannot hold (text that is not UTF-8, a date after 9999) is refused alone."""
+    try:
+        rows = table.to_pylist()
+    except (ValueError, ArithmeticError, pa.ArrowException) as error:
+        if table.num_rows > 1:
+            rows = (row for number in range(table.num_rows) for row in _python_rows(table.slice(number, 1)))
+        else:
+            rows = [ClipError(RejectionClass.BAD_METADATA, "read", f"row: {error}")]
+    yield from rows
 
 
 def _to_clip(
@@ -281,7 +323,7 @@ def _to_clip(
     if key in seen:
         raise ClipError(RejectionClass.DUPLICATE_KEY, "read", f"{key!r} was seen before in this shard")
     seen.add(key)
-    caption = row.get(spec.caption_column) if spec.caption_column else None
+    caption = _caption(row, spec.caption_column)
     metadata = _json_types(row)
     uri = _fill(spec.uri, row, RejectionClass.NO_VIDEO)
     blob, sha256 = _fetch(_resolve(uri, spec), spec, max_clip_bytes)
@@ -291,9 +333,22 @@ def _to_clip(
         video=blob,
         video_sha256=sha256,
         file_name=uri,
-        caption="" if caption is None else str(caption),
+        caption=caption,
         metadata=metadata,
     )
+
+
+def _caption(row: dict[str, Any], column: str | None) -> str:
+    """Text, a number as text, "" for null. ClipError(BAD_CAPTION) for what would be stored as words nobody wrote."""
+    value = row[column] if column is not None else None
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float | Decimal) and math.isfinite(value):
+        return str(value)
+    message = f"caption column {column!r}: expected text, got {type(value).__name__} {value!r}"
+    raise ClipError(RejectionClass.BAD_CAPTION, "read", message)
 
 
 def _json_types(row: dict[str, Any]) -> dict[str, Any]:

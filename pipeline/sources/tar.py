@@ -33,6 +33,14 @@ MAX_TEXT_BYTES = 16 << 20
 LOOKUPS_AT_ONCE = 32
 MAX_COUNTED_SIDECARS = 2000
 _CHUNK = 1 << 20
+_TEXT_CLASSES = {"json": RejectionClass.BAD_METADATA, "txt": RejectionClass.BAD_CAPTION}
+_MEMBER_KINDS = {  # what may stand where a sample's file should; folders are none of its business
+    tarfile.SYMTYPE: "a symbolic link",
+    tarfile.LNKTYPE: "a hard link",
+    tarfile.CHRTYPE: "a character device",
+    tarfile.BLKTYPE: "a block device",
+    tarfile.FIFOTYPE: "a FIFO",
+}
 _BROKEN_TAR = (tarfile.TarError, EOFError, ValueError, ArithmeticError, LookupError, RecursionError)
 """What tarfile raises for damaged headers; OSError and our StorageError are faults of the store and pass."""
 
@@ -99,6 +107,8 @@ def _expand_one(url: str, options: dict[str, Any]) -> list[ObjectInfo]:
         return list_folder(url, options)
     except FileNotFoundError as error:
         raise SourceError(f"source.urls: {url} does not exist") from error
+    except (ValueError, TypeError) as error:  # fsspec knows no such protocol, or its client no such option
+        raise ConfigError(f"source.urls, source.options: {url!r}: {error}") from error
 
 
 def count_tar_samples(shards: Sequence[VideoShard], spec: WebDatasetSource) -> int | None:
@@ -179,7 +189,7 @@ def _split_name(member: tarfile.TarInfo) -> tuple[str, str] | None:
     """(key, extension) by WebDataset's rule, the base name cut at its first dot; None for what is no sample."""
     folder, slash, base = member.name.removeprefix("./").rpartition("/")
     stem, dot, extension = base.partition(".")
-    if not member.isreg() or not stem or not dot:
+    if not (member.isreg() or member.type in _MEMBER_KINDS) or not stem or not dot:
         return None
     return f"{folder}{slash}{stem}", extension.lower()
 
@@ -199,10 +209,8 @@ def _take_member(
         return
     if is_video and sample.video is not None:
         return  # a second rendition of the same clip: the first one in the tar counts
-    limit = max_clip_bytes if is_video else MAX_TEXT_BYTES
-    if member.size > limit:
-        error_class = RejectionClass.TOO_LARGE if is_video else RejectionClass.BAD_METADATA
-        sample.error = ClipError(error_class, "read", f"{member.name!r} has {member.size} bytes, limit {limit}")
+    sample.error = _member_problem(member, extension, is_video, max_clip_bytes)
+    if sample.error is not None:
         return
     content = tar.extractfile(member)
     assert content is not None, "isreg() members have content"
@@ -217,6 +225,20 @@ def _take_member(
             blob.write(chunk)
         on_failure.pop_all()
     sample.video, sample.video_name, sample.video_sha256 = blob, member.name, digest.hexdigest()
+
+
+def _member_problem(member: tarfile.TarInfo, extension: str, is_video: bool, max_clip_bytes: int) -> ClipError | None:
+    """Why a member is not read. A link or a device has no bytes in the tar, and following one is not for us."""
+    if not member.isreg():
+        error_class = RejectionClass.NO_VIDEO if is_video else _TEXT_CLASSES[extension]
+        target = f" to {member.linkname!r}" if member.linkname else ""
+        message = f"{member.name!r}: expected a file, got {_MEMBER_KINDS[member.type]}{target}"
+        return ClipError(error_class, "read", message)
+    limit = max_clip_bytes if is_video else MAX_TEXT_BYTES
+    if member.size > limit:
+        error_class = RejectionClass.TOO_LARGE if is_video else _TEXT_CLASSES[extension]
+        return ClipError(error_class, "read", f"{member.name!r} has {member.size} bytes, limit {limit}")
+    return None
 
 
 def _finish(sample: _Sample, shard: VideoShard, spec: WebDatasetSource, seen: set[str]) -> Clip | Rejection:

@@ -11,6 +11,8 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ import pytest
 from fsspec.core import url_to_fs
 
 from pipeline.errors import SourceChanged, StorageError
-from pipeline.storage import ObjectInfo, Store, glob_objects, list_folder, object_info, open_stream, redact
+from pipeline.storage import ObjectInfo, Store, glob_objects, list_folder, object_info, open_stream
+from pipeline.store_errors import redact
 from tests.s3_server import Fault, Proxy, S3Server, proxy_to
 
 RACERS = 8
@@ -411,3 +414,18 @@ def test_an_unreachable_server_is_a_clear_error(s3_server: S3Server, monkeypatch
     monkeypatch.setattr("s3fs.S3FileSystem.retries", 1)
     with pytest.raises(StorageError, match=r"cannot read s3://bucket/x/a: .*127\.0\.0\.1:9"):
         store.info("a")
+
+
+def test_a_web_server_that_does_not_answer_is_no_missing_file(tmp_path: Path) -> None:
+    """fsspec says "not found" of both; one is the row's fault, the other would reject whatever its hour brings."""
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/a.mp4"
+        with pytest.raises(FileNotFoundError):
+            object_info(url)
+        (tmp_path / "a.mp4").write_bytes(b"12345")
+        assert object_info(url).size == 5
+        server.shutdown()
+    with pytest.raises(StorageError, match=r"cannot read http://127\.0\.0\.1"):
+        object_info(url)

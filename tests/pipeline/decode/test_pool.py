@@ -133,7 +133,8 @@ def test_a_slow_consumer_holds_the_children_back(real_clips: dict[str, Path]) ->
 
 
 def test_a_backend_that_cannot_is_followed_by_one_that_can(maker: ClipMaker, real_clips: dict[str, Path]) -> None:
-    """decord knows no AV1; in a transport stream with B-frames it fails after windows were given."""
+    """decord knows no AV1; in a transport stream with B-frames it fails midway, and has given no window by then: how
+    far it comes is chance."""
     av1 = maker.coded(20, "pool_av1.mp4", "-c:v", "libsvtav1", "-preset", "10", "-crf", "10", "-pix_fmt", "yuv420p")
     stream = maker.convert(real_clips["bikes.mp4"], "pool.ts", "-frames:v", "40", "-c:v", "libx264")
     with DecodePool(DecodePolicy(backends=("decord", "pyav")), 1) as pool:
@@ -144,20 +145,12 @@ def test_a_backend_that_cannot_is_followed_by_one_that_can(maker: ClipMaker, rea
         assert read_codes(events[1].window.frames_THWC) == list(range(9, 18))
         assert events[1].window.source.decoder == pool.decoders[1]
 
-        windows: list[WindowReady] = []
-        retracted = 0
-        for event in pool.decode(clips([stream]), WindowPolicy(frames=1), SMALL, 4):
-            match event:
-                case WindowReady():
-                    windows.append(event)
-                case ClipRetracted():
-                    assert windows[0].window.source.decoder == pool.decoders[0]
-                    windows.clear()
-                    retracted += 1
-                case ClipDone():
-                    assert event.summary is not None
-                    assert (event.summary.windows, event.summary.decoder) == (40, pool.decoders[1])
-        assert retracted == 1
+        events = list(pool.decode(clips([stream]), WindowPolicy(frames=1), SMALL, 4))
+        windows = [event for event in events if isinstance(event, WindowReady)]
+        assert {window.window.source.decoder for window in windows} == {pool.decoders[1]}
+        assert isinstance(events[-1], ClipDone)
+        assert events[-1].summary is not None
+        assert (events[-1].summary.windows, len(events)) == (40, 41)
         assert [w.window.frame_indices for w in windows] == [(n,) for n in range(40)]
 
 

@@ -340,12 +340,15 @@ def test_a_table_that_is_not_there(tmp_path: Path) -> None:
 
 def test_rows_whose_file_cannot_be_had(write: Callable[..., TableSource], tmp_path: Path) -> None:
     (tmp_path / "folder.mp4").mkdir()
+    os.mkfifo(tmp_path / "fifo.mp4")
     (tmp_path / "large.mp4").write_bytes(b"x" * 101)
     (tmp_path / "fits.mp4").write_bytes(b"x" * 100)
     uris = {
         "a.mp4": "clip",
         "absent.mp4": "missing_file",
         "folder.mp4": "missing_file",
+        "fifo.mp4": "missing_file",
+        "/dev/zero": "missing_file",
         "a.mp4/b.mp4": "missing_file",
         f"{'x' * 300}.mp4": "missing_file",
         "a\0.mp4": "missing_file",

@@ -250,26 +250,48 @@ def test_keys_with_folders(read: Callable[..., Outcome]) -> None:
     assert outcome.clips["c"].file_name == "./c.mp4"
 
 
-def test_what_is_no_sample_is_ignored(read: Callable[..., Outcome]) -> None:
-    def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
-        info = tarfile.TarInfo(name)
-        info.type, info.linkname = kind, target
-        return info
+def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
 
+
+def test_what_is_no_sample_is_ignored(read: Callable[..., Outcome]) -> None:
     noise: list[Member] = [
         (".DS_Store", b"x"),
         ("._k.mp4", b"AppleDouble"),
         ("a/.hidden.mp4", b"x"),
         ("README", b"no extension"),
         special("folder.mp4", tarfile.DIRTYPE),
-        special("link.mp4", tarfile.SYMTYPE, "/etc/passwd"),
-        special("hard.mp4", tarfile.LNKTYPE, "k.mp4"),
-        special("pipe.mp4", tarfile.FIFOTYPE),
-        special("device.mp4", tarfile.CHRTYPE),
+        special("v1.2", tarfile.DIRTYPE),
+        special("link", tarfile.SYMTYPE, "k.mp4"),
     ]
     outcome = read([noise[0], *sample("k"), *noise[1:], *sample("l")])
     assert list(outcome.clips) == ["k", "l"]
     assert outcome.rejections == []
+
+
+def test_a_sample_that_is_a_link_or_a_device_is_refused(read: Callable[..., Outcome]) -> None:
+    """`tar` stores the second of two hard-linked files as a link: that clip must not vanish."""
+    members: list[Member] = [
+        *sample("k"),
+        special("soft.mp4", tarfile.SYMTYPE, "/etc/passwd"),
+        special("hard.mp4", tarfile.LNKTYPE, "k.mp4"),
+        special("pipe.mp4", tarfile.FIFOTYPE),
+        special("device.mp4", tarfile.CHRTYPE),
+        special("words.txt", tarfile.SYMTYPE, "k.txt"),
+        ("words.mp4", b"video"),
+        *sample("second"),
+        special("second.webm", tarfile.SYMTYPE, "second.mp4"),
+    ]
+    outcome = read(members)
+    assert list(outcome.clips) == ["k", "second"], "of two renditions the first counts"
+    kinds = ("a symbolic link to '/etc/passwd'", "a hard link to 'k.mp4'", "a FIFO", "a character device")
+    names = ("soft", "hard", "pipe", "device")
+    assert [(r.key, r.error_class, r.message) for r in outcome.rejections[:4]] == [
+        (name, "no_video", f"'{name}.mp4': expected a file, got {kind}") for name, kind in zip(names, kinds)
+    ]
+    assert outcome.classes["words"] == "bad_caption"
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
