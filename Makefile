@@ -36,8 +36,11 @@ test: $(READY) ## the tests (fast ones and the end-to-end ones)
 test-slow: $(READY) ## the long sweeps
 	$(PYTEST) -m slow
 
-bench: $(READY) ## decode backends, and what bf16 and fp16 cost in accuracy, on this machine
+bench: $(READY) ## speed and memory on this machine, side by side (a quarter of an hour; docs/benchmarks.md)
+	$(BIN)/python jobs/bench_pipeline.py
 	$(BIN)/python jobs/bench_decode.py
+	$(BIN)/python jobs/bench_encode.py
+	$(BIN)/python jobs/bench_memory.py
 	$(BIN)/python jobs/measure_precision.py
 
 check: $(READY) ## lint, format, types, import contracts

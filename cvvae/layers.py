@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from cvvae.exact_norm import can_norm_exactly, group_norm_silu
 from cvvae.fast_conv import FastConv3d
 
 SpacePadding = Literal["zeros", "replicate"]
@@ -106,6 +107,8 @@ class NormSilu(nn.GroupNorm):
     """GroupNorm over (C/groups, T, H, W) jointly, then x * sigmoid(x): so not even the encoder is causal."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if can_norm_exactly(input):
+            return group_norm_silu(input, self.num_groups, self.weight, self.bias, self.eps)
         # in place on the norm's fresh output: a new buffer of this size costs more than the arithmetic
         return F.silu(super().forward(input), inplace=True)
 

@@ -1,19 +1,21 @@
 """How fast each decode backend is on real clips, in this process and in child processes.
 
-    python jobs/bench_decode.py --rounds 3
+    python jobs/bench_decode.py --rounds 5
 
-Every figure is the best of the rounds, which are interleaved so that a noisy machine is noisy for all; compare
-columns of one run, not of two. Windows of 17 frames at 256 x 256, all of a clip's frames.
+A round decodes a clip in every place, one place after the other, so that a noisy machine is noisy for all; ratios
+are medians over the rounds. Each measurement decodes as many copies of the clip as take about a second. Windows of
+17 frames at 256 x 256, all of a clip's frames.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import platform
+import math
+import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
 from typing import Annotated
@@ -22,9 +24,8 @@ if __name__ == "__main__":  # a script's own folder comes first on its import pa
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
+from jobs.bench_report import BenchTable, machine, ratio_text
 from jobs.real_clips import fetch_real_clips
 from pipeline.decode.blob import Blob
 from pipeline.decode.clips import decode_clip
@@ -39,33 +40,58 @@ RESIZE = ResizePolicy(buckets=((256, 256),))
 TIME_STRIDE = 4
 
 
+Place = Callable[[bytes, int], float]
+"""Decodes so many copies of a video; frames/s."""
+
+
 def bench_decode(
-    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds; the best of each counts.")] = 3,
-    repeats: Annotated[int, typer.Option(min=1, help="Copies of a clip that are decoded in one measurement.")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 5,
+    seconds: Annotated[float, typer.Option(min=0.01, help="About how long one measurement takes.")] = 1.0,
+    clip: Annotated[list[str] | None, typer.Option(help=f"Default: {', '.join(CLIPS)}.")] = None,
 ) -> None:
     """Frames per second per backend, in process and in children."""
-    clips = fetch_real_clips()
-    best: dict[tuple[str, BackendName, str], float] = {}
-    for _, name, backend in product(range(rounds), CLIPS, BACKENDS):
-        video = clips[name].read_bytes()
-        for place, rate in _measure(video, backend, repeats):
-            key = name, backend, place
-            best[key] = max(best.get(key, 0.0), rate)
-    table = Table(title=f"frames/s at 256 x 256, best of {rounds}; {platform.machine()}, {os.cpu_count()} cores")
-    places = ("in process", "1 child", "2 children")
-    for heading in ("clip", "backend", *places, "1 child / in process"):
-        table.add_column(heading, justify="left" if heading in ("clip", "backend") else "right")
-    for name, backend in product(CLIPS, BACKENDS):
-        rates = [best[name, backend, place] for place in places]
-        table.add_row(name, backend, *(f"{rate:.0f}" for rate in rates), f"{rates[1] / rates[0]:.2f}")
-    Console().print(table)
+    print(machine())
+    videos = {name: path.read_bytes() for name, path in fetch_real_clips().items() if name in (clip or CLIPS)}
+    table = BenchTable(
+        f"decode to 256 x 256, frames/s, median of {rounds} rounds",
+        ("clip", "backend", "in process", "1 child", "2 children", "1 child / in process"),
+        labels=2,
+    )
+    for backend in BACKENDS:
+        with ExitStack() as stack:
+            places = _places(backend, stack)
+            for name, video in videos.items():
+                rates = measure(video, places, rounds, seconds)
+                medians = (f"{statistics.median(of_place):.0f}" for of_place in rates)
+                table.add(name, backend, *medians, ratio_text(rates[1], rates[0]))
+    table.rows.sort()
+    print(table)
 
 
-def _measure(video: bytes, backend: BackendName, repeats: int) -> Iterator[tuple[str, float]]:
-    yield "in process", _in_process(video, backend, repeats)
-    for children in (1, 2):
-        with DecodePool(DecodePolicy(backends=(backend,)), children) as pool:
-            yield f"{children} child" + ("ren" if children > 1 else ""), _in_pool(pool, video, repeats)
+def _places(backend: BackendName, stack: ExitStack) -> tuple[Place, ...]:
+    """In this process, in one child, in two. The children live as long as the stack."""
+
+    def in_process(video: bytes, copies: int) -> float:
+        return _in_process(video, backend, copies)
+
+    def in_pool(pool: DecodePool) -> Place:
+        return lambda video, copies: _in_pool(pool, video, copies)
+
+    pools = [stack.enter_context(DecodePool(DecodePolicy(backends=(backend,)), children)) for children in (1, 2)]
+    return in_process, *(in_pool(pool) for pool in pools)
+
+
+def measure(video: bytes, places: tuple[Place, ...], rounds: int, seconds: float) -> list[list[float]]:
+    """Frames/s per place and round."""
+    started = time.perf_counter()
+    places[0](video, 1)
+    copies = math.ceil(seconds / (time.perf_counter() - started))
+    for place in places[1:]:
+        place(video, 1)  # a child imports its decoder with its first clip
+    rates: list[list[float]] = [[] for _ in places]
+    for _, (place, of_place) in product(range(rounds), list(zip(places, rates, strict=True))):
+        of_place.append(place(video, copies))
+    return rates
 
 
 def _in_process(video: bytes, backend: BackendName, repeats: int) -> float:

@@ -12,12 +12,14 @@ begun before is run alone in its actor, so that a neighbour's crash is not held 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from functools import partial
+from typing import Any, Protocol, cast
 
 import ray
 import ray.data
@@ -35,13 +37,12 @@ from pipeline.errors import ConfigError, PipelineError, ShardError
 from pipeline.policies import EncodePolicy
 from pipeline.records import VideoShard, printable
 from pipeline.scratch import Scratch
-from pipeline.shard import ShardEncoder, ShardFailed, ShardJob, ShardOutcome, ShardPoisoned
+from pipeline.shard import ShardEncoder, ShardFailed, ShardJob, ShardOutcome, ShardPoisoned, ShardStored
 
 log = logging.getLogger(__name__)
 
 PROGRESS_INTERVAL = 2.0
 CALLS_PER_ACTOR = 2
-WAIT_FOR_ACTORS_SECONDS = 600
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,25 +87,22 @@ class RunMonitor:
         return self._progress
 
 
-class EncodeShards:
-    """The callable that Ray Data keeps in each actor: a VAE replica, its decode children, and the shard code.
+class ShardRunner(Protocol):
+    """What an actor does with its shards."""
 
-    What goes wrong with a shard, or with setting up, is returned as a ShardFailed: an exception would reach the
-    driver without its type and with Ray's own advice.
-    """
+    def run(self, shard: VideoShard) -> ShardStored:
+        """Encode and store one shard; called by `CALLS_PER_ACTOR` threads at a time."""
+        ...
 
-    def __init__(self, job: ShardJob, vae: VAESource, encode: EncodePolicy, shape: ActorShape, monitor: Any) -> None:
-        self._monitor = monitor
-        self._max_attempts = shape.max_attempts
-        self._gate = _AloneGate()
-        self._encoder: ShardEncoder | str
-        try:
-            self._encoder = self._set_up(job, vae, encode, shape)
-        except Exception as error:  # the actor's boundary: the first shard it gets brings this to the driver
-            log.exception("an encoder cannot be set up")
-            self._encoder = f"an encoder cannot be set up: {_said(error)}"
+    def figures(self) -> dict[str, float]:
+        """How far it is, for the run's progress."""
+        ...
 
-    def _set_up(self, job: ShardJob, vae: VAESource, encode: EncodePolicy, shape: ActorShape) -> ShardEncoder:
+
+class _Replica:
+    """A VAE replica, its decode children, and the shard code."""
+
+    def __init__(self, job: ShardJob, vae: VAESource, encode: EncodePolicy, shape: ActorShape) -> None:
         model = load_source(vae)
         if model.weights_sha256 != job.identity.weights_sha256:
             raise PipelineError(
@@ -112,10 +110,35 @@ class EncodeShards:
                 f"the run was planned with {job.identity.weights_sha256}"
             )
         device = torch.device("cuda" if shape.num_gpus else "cpu")
-        tiles = TileEncoder(model, encode, device, threads=None if shape.num_gpus else shape.encode_threads)
+        self._tiles = TileEncoder(model, encode, device, threads=None if shape.num_gpus else shape.encode_threads)
         pool = DecodePool(job.decode, shape.decode_children)
-        threading.Thread(target=self._report_for_ever, args=(tiles,), name="progress", daemon=True).start()
-        return ShardEncoder(job, tiles, pool, Scratch())
+        self._encoder = ShardEncoder(job, self._tiles, pool, Scratch())
+
+    def run(self, shard: VideoShard) -> ShardStored:
+        return self._encoder.run(shard)
+
+    def figures(self) -> dict[str, float]:
+        return asdict(self._tiles.clock)
+
+
+class EncodeShards:
+    """The callable that Ray Data keeps in each actor: a runner that `set_up` makes there, and attempts that count.
+
+    What goes wrong with a shard, or with setting up, is returned as a ShardFailed: an exception would reach the
+    driver without its type and with Ray's own advice.
+    """
+
+    def __init__(self, set_up: Callable[[], ShardRunner], max_attempts: int, monitor: Any) -> None:
+        self._monitor = monitor
+        self._max_attempts = max_attempts
+        self._gate = _AloneGate()
+        self._runner: ShardRunner | str
+        try:
+            self._runner = set_up()
+            threading.Thread(target=self._report_for_ever, args=(self._runner,), name="progress", daemon=True).start()
+        except Exception as error:  # the actor's boundary: the first shard it gets brings this to the driver
+            log.exception("an encoder cannot be set up")
+            self._runner = f"an encoder cannot be set up: {_said(error)}"
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         return {"outcome": [self._run(_SHARD.validate_json(row)) for row in batch["shard"]]}
@@ -125,26 +148,27 @@ class EncodeShards:
         try:
             return self._attempt(shard).model_dump_json()
         except Exception as error:  # the shard's boundary: its name and the reason go to the driver
-            log.exception("shard failed: shard=%s", shard.id)
+            if not isinstance(error, PipelineError):  # ours say all there is to say
+                log.exception("shard failed: shard=%s", shard.id)
             return ShardFailed(shard_id=shard.id, error=_said(error)).model_dump_json()
 
     def _attempt(self, shard: VideoShard) -> ShardOutcome:
-        if isinstance(self._encoder, str):
-            return ShardFailed(shard_id=shard.id, error=self._encoder)
+        if isinstance(self._runner, str):
+            return ShardFailed(shard_id=shard.id, error=self._runner)
         before = cast(int, ray.get(self._monitor.attempts.remote(shard.id)))
         if before >= self._max_attempts:
             return ShardPoisoned(shard_id=shard.id, poison_attempts=before)
         with self._gate.enter(alone=before > 0):
             ray.get(self._monitor.begin.remote(shard.id))
-            outcome = self._encoder.run(shard)
+            outcome = self._runner.run(shard)
             ray.get(self._monitor.end.remote(shard.id))
         return outcome
 
-    def _report_for_ever(self, tiles: TileEncoder) -> None:
+    def _report_for_ever(self, runner: ShardRunner) -> None:
         encoder_id = ray.get_runtime_context().get_actor_id() or ""
         while True:
             time.sleep(PROGRESS_INTERVAL)
-            self._monitor.report.remote(encoder_id, asdict(tiles.clock))
+            self._monitor.report.remote(encoder_id, runner.figures())
 
 
 def _said(error: Exception) -> str:
@@ -215,13 +239,23 @@ def encode_shards(
     Close the generator before the connection. PipelineError if Ray gives up: nothing came back for too long, or it
     lost what it cannot restart.
     """
+    return run_shards(shards, partial(_Replica, job, vae, encode, shape), shape, on_progress=on_progress)
+
+
+def run_shards(
+    shards: list[VideoShard],
+    set_up: Callable[[], ShardRunner],
+    shape: ActorShape,
+    *,
+    on_progress: Callable[[dict[str, dict[str, float]]], None] | None = None,
+) -> Generator[ShardOutcome, None, None]:
+    """`encode_shards` with any runner: each actor calls `set_up`, which must pickle, once."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     monitor = ray.remote(RunMonitor).options(num_cpus=0, scheduling_strategy=here).remote()
-    # With few shards the first actors to come up would take them all. A long run must not wait for its slowest node,
-    # and no run for an actor that has no room yet.
-    nodes = [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-    few = len(shards) <= CALLS_PER_ACTOR * shape.num_actors and actors_that_fit(shape, nodes) >= shape.num_actors
-    ray.data.DataContext.get_current().wait_for_min_actors_s = WAIT_FOR_ACTORS_SECONDS if few else -1
+    # No more than run at once: a shard that waits in one actor's queue cannot go to one that is free. No more than
+    # its share either: of few shards, the first actors to come up would take all. (To wait until all are up is no way
+    # out: one that was to start on a node that is lost would be waited for in vain.)
+    share = math.ceil(len(shards) / shape.num_actors)
     items = [{"shard": _SHARD.dump_json(shard).decode()} for shard in shards]
     rows = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         cast(Any, EncodeShards),
@@ -230,12 +264,11 @@ def encode_shards(
         num_cpus=shape.num_cpus,
         compute=ActorPoolStrategy(
             size=shape.num_actors,
-            # no more than run at once: a shard that waits in one actor's queue cannot go to one that is free
-            max_tasks_in_flight_per_actor=CALLS_PER_ACTOR,
+            max_tasks_in_flight_per_actor=min(CALLS_PER_ACTOR, share),
             max_concurrent_calls_per_actor=CALLS_PER_ACTOR,
             enable_true_multi_threading=True,
         ),
-        fn_constructor_args=(job, vae, encode, shape, monitor),
+        fn_constructor_args=(set_up, shape.max_attempts, monitor),
     )
     with _polling(monitor, on_progress):
         try:

@@ -5,6 +5,7 @@ OUT/shards/ID.tar|.parquet       payload: the first whole object wins
 OUT/index/ID.parquet             one row per window, no payload; apart, so that shards/ is all payload
 OUT/receipts/ID.json             the commit: written once, after the objects it describes
 OUT/runs/RUN.json                times, rates, hosts: what may differ between runs
+OUT/runs/PACK.receipts           copies of receipts, for planning on an object store (receipt_packs.py)
 OUT/manifest.json, README.md     written last
 """
 
@@ -12,12 +13,25 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal, TypeVar
 
-from pipeline.documents import Manifest, RunFile, ShardReceipt, StoredObject, canonical_json
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline.documents import (
+    FORMAT_VERSION,
+    Manifest,
+    RunFile,
+    ShardReceipt,
+    SourceRecord,
+    StoredObject,
+    canonical_json,
+)
 from pipeline.errors import DatasetError, IdentityMismatch, SourceChanged
+from pipeline.receipt_packs import PackedReceipts, ReceiptPacks, is_etag_of
 from pipeline.records import VideoShard
 from pipeline.storage import Store
 
@@ -26,8 +40,9 @@ MANIFEST = "manifest.json"
 CARD = "README.md"
 SOURCE_PLACES = ("urls", "url", "root", "options")
 RECEIPT_READERS = 32
-RECEIPTS_AHEAD = 512
+RECEIPTS_AT_ONCE = 16
 _CHUNK = 1 << 20
+Read = TypeVar("Read")
 
 
 def shard_name(shard_id: str, suffix: str) -> str:
@@ -42,11 +57,23 @@ def receipt_name(shard_id: str) -> str:
     return f"receipts/{shard_id}.json"
 
 
+class ReceiptHead(BaseModel):
+    """What planning must know of a receipt; the rest of it is not looked at."""
+
+    model_config = ConfigDict(frozen=True)
+
+    format_version: Literal[1] = FORMAT_VERSION
+    shard_id: str
+    fingerprint: str
+    source: SourceRecord
+
+
 class DatasetFolder:
     """The documents of a dataset in a store."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
+        self.packs = ReceiptPacks(store)
 
     def claim(self, run: RunFile) -> RunFile:
         """Create run.json, or check the one that is there. IdentityMismatch names every field that differs.
@@ -55,6 +82,7 @@ class DatasetFolder:
         """
         self.store.require_conditional_writes()
         if self.store.create(RUN_FILE, run.to_bytes()):
+            self.store.info(RUN_FILE)  # a right to read that is missing shows now, not at the first commit
             return run
         standing = self.run_file()
         differences = list(_differences(standing, run))
@@ -78,18 +106,46 @@ class DatasetFolder:
         return Manifest.from_bytes(self._read(MANIFEST), self.store.full_url(MANIFEST))
 
     def receipt(self, shard_id: str) -> ShardReceipt:
-        name = receipt_name(shard_id)
-        return ShardReceipt.from_bytes(self._read(name), self.store.full_url(name))
+        return self._parse(shard_id, self._read(receipt_name(shard_id)))
+
+    def committed(self) -> dict[str, str | None]:
+        """The ETag of each committed shard's receipt by shard id, sorted: one listing of receipts/."""
+        return {name.removesuffix(".json"): etag for name, etag in self.store.etags("receipts", ".json").items()}
 
     def receipt_ids(self) -> list[str]:
-        """Ids of the committed shards, sorted: one listing of receipts/."""
-        return [name.removesuffix(".json") for name in self.store.names("receipts", ".json")]
+        """Ids of the committed shards, sorted."""
+        return list(self.committed())
 
-    def receipts(self, shard_ids: Iterable[str]) -> Iterator[ShardReceipt]:
-        """Receipts in the given order, read a few hundred ahead by several threads."""
-        with ThreadPoolExecutor(RECEIPT_READERS, thread_name_prefix="receipts") as pool:
-            for some in _chunks(shard_ids):
-                yield from pool.map(self.receipt, some)
+    def receipts(self, shard_ids: Iterable[str], packed: PackedReceipts | None = None) -> Iterator[ShardReceipt]:
+        """Receipts in the given order, read a few hundred ahead by several threads; `packed` ones are not read."""
+
+        def read(shard_id: str) -> ShardReceipt:
+            content = packed.get(shard_id) if packed else None
+            return self.receipt(shard_id) if content is None else self._parse(shard_id, content)
+
+        return _read_ahead(read, shard_ids)
+
+    def receipt_heads(self, committed: Mapping[str, str | None]) -> Iterator[ReceiptHead]:
+        """The heads of all receipts, in the order of `committed`. Those that were read by themselves are packed, so
+        that the next planning need not."""
+        packed = self.packs.load(committed)
+
+        def read(shard_id: str) -> ReceiptHead:
+            content = packed.get(shard_id)
+            if content is None:
+                content = self._read(receipt_name(shard_id))
+                if is_etag_of(committed[shard_id], content):
+                    self.packs.add(content)
+            try:
+                return ReceiptHead.model_validate_json(content)
+            except ValidationError:  # the whole receipt says better what is wrong with it
+                return ReceiptHead.model_validate(self._parse(shard_id, content).model_dump())
+
+        yield from _read_ahead(read, committed)
+        self.packs.flush()
+
+    def _parse(self, shard_id: str, content: bytes) -> ShardReceipt:
+        return ShardReceipt.from_bytes(content, self.store.full_url(receipt_name(shard_id)))
 
     def commit(self, receipt: ShardReceipt) -> ShardReceipt:
         """Write the receipt unless the shard has one; return the one that stands.
@@ -104,7 +160,9 @@ class DatasetFolder:
                     f"finds {'nothing' if found is None else found.size} at {self.store.full_url(stored.path)}. "
                     "Is output.url on storage that all nodes share?"
                 )
-        if self.store.create(receipt_name(receipt.shard_id), receipt.to_bytes()):
+        content = receipt.to_bytes()
+        if self.store.create(receipt_name(receipt.shard_id), content):
+            self.packs.add(content)
             return receipt
         standing = self.receipt(receipt.shard_id)
         if standing.payload != receipt.payload or standing.fingerprint != receipt.fingerprint:
@@ -129,11 +187,18 @@ class DatasetFolder:
             raise DatasetError(f"{self.store.full_url(name)} does not exist") from error
 
 
-def _chunks(shard_ids: Iterable[str]) -> Iterator[list[str]]:
-    """Thread pools take all their work at once; a hundred thousand receipts are too many to hold."""
+def _read_ahead(read: Callable[[str], Read], shard_ids: Iterable[str]) -> Iterator[Read]:
+    """Results in order, computed by several threads a few hundred ahead."""
     remaining = iter(shard_ids)
-    while some := list(itertools.islice(remaining, RECEIPTS_AHEAD)):
-        yield some
+    under_way: deque[Future[list[Read]]] = deque()
+    with ThreadPoolExecutor(RECEIPT_READERS, thread_name_prefix="receipts") as pool:
+        # a thread takes some at a time: handing over each receipt alone would cost as much as parsing it
+        while some := list(itertools.islice(remaining, RECEIPTS_AT_ONCE)):
+            under_way.append(pool.submit(lambda group: [read(shard_id) for shard_id in group], some))
+            if len(under_way) > RECEIPT_READERS:
+                yield from under_way.popleft().result()
+        while under_way:
+            yield from under_way.popleft().result()
 
 
 def _differences(standing: RunFile, wanted: RunFile) -> Iterator[str]:
@@ -156,7 +221,7 @@ def _leaf_differences(prefix: str, before: object, now: object) -> Iterator[str]
         yield f"{prefix}: the directory has {before!r}, this run has {now!r}"
 
 
-def require_unchanged(shard: VideoShard, receipt: ShardReceipt) -> None:
+def require_unchanged(shard: VideoShard, receipt: ShardReceipt | ReceiptHead) -> None:
     """SourceChanged if a committed shard's source is no longer the object its receipt was made from."""
     for name in ("size", "etag"):
         before, now = getattr(receipt.source, name), getattr(shard, name)

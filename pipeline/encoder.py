@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import logging
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,8 @@ import torch
 from torch import Tensor
 
 from cvvae import DiagonalGaussian, Tile, VideoVAE
+from cvvae.conv_probe import ConvProbe, probe_conv3d
+from pipeline.errors import ConfigError
 from pipeline.policies import DTypeName, EncodePolicy
 
 DTYPES: dict[DTypeName, torch.dtype] = {
@@ -32,6 +35,8 @@ DTYPES: dict[DTypeName, torch.dtype] = {
 }
 _LIBRARIES = ("torch", "numpy", "pillow", "av", "decord", "pyarrow", "webdataset")
 _TAIL_BATCH_SHARE = 4
+
+log = logging.getLogger(__name__)
 
 Token = TypeVar("Token")
 Item = TypeVar("Item")
@@ -78,7 +83,10 @@ class TileEncoder:
     def __init__(
         self, vae: VideoVAE, policy: EncodePolicy, device: torch.device, *, threads: int | None = None
     ) -> None:
-        """`threads` is the number of CPU threads; None leaves PyTorch's default."""
+        """`threads` is the number of CPU threads; None leaves PyTorch's default.
+
+        ConfigError if this machine's convolutions are wrong in the compute dtype; a warning if they are slow.
+        """
         self.policy = policy
         self.device = device
         self.spec = vae.spec
@@ -89,6 +97,9 @@ class TileEncoder:
             self._vae.use_channels_last()
         self._encode_tile = torch.compile(vae.encode_tile) if policy.compile else vae.encode_tile
         self._thread = ThreadPoolExecutor(1, "encode", initializer=make_deterministic, initargs=(threads,))
+        if policy.dtype != "float32":
+            probed = self._thread.submit(probe_conv3d, DTYPES[policy.dtype], device, self._memory_format).result()
+            check_convolutions(probed, policy.dtype, device)
 
     def batch_size(self, tile_shape: tuple[int, int, int]) -> int:
         """Tiles of (T, H, W) in one batch.
@@ -231,6 +242,23 @@ def make_deterministic(threads: int | None) -> None:
     torch.backends.cudnn.deterministic = True
     if threads is not None:
         torch.set_num_threads(threads)
+
+
+def check_convolutions(probed: ConvProbe, dtype: DTypeName, device: torch.device) -> None:
+    """ConfigError if convolutions are wrong: nothing that they give may be stored. A warning if they are slow."""
+    if probed.is_wrong:
+        raise ConfigError(
+            f"encode.dtype: 3-D convolutions in {dtype} are wrong on this machine (PyTorch {torch.__version__}, "
+            f"{device.type}): relative error {probed.relative_rms:.2g}. Known of bfloat16 with cuDNN 9.8 to 9.10 and "
+            "of CPUs with AMX. Update PyTorch or cuDNN (pip install -U nvidia-cudnn-cu12), or take float32"
+        )
+    if probed.is_slow:
+        memory = "" if probed.extra_bytes is None else f" and {probed.extra_bytes >> 20} MiB of scratch memory"
+        log.warning(
+            "3-D convolutions are slow: dtype=%s device=%s take %.1f times as long as they should%s. Without "
+            "hardware for that dtype float32 is faster; with it, update PyTorch or cuDNN (2.9.0 is known for it).",
+            *(dtype, device.type, probed.slowdown, memory),
+        )
 
 
 def _memory_format(policy: EncodePolicy) -> torch.memory_format:

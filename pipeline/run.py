@@ -151,7 +151,7 @@ def _without_committed(
 ) -> tuple[VideoShard, ...]:
     """The shards that have no receipt. Receipts are checked one by one and not kept."""
     todo = {shard.id: shard for shard in shards}
-    for receipt in dataset.receipts(dataset.receipt_ids()):
+    for receipt in dataset.receipt_heads(dataset.committed()):
         if receipt.fingerprint != run_file.fingerprint:
             raise IdentityMismatch(
                 f"receipt of shard {receipt.shard_id} has fingerprint {receipt.fingerprint}, "
@@ -220,6 +220,7 @@ def commit_all(
             yield from _ended(under_way, leave=COMMITS_AT_ONCE if in_a_hurry else 0)
             asked = time.monotonic()
         yield from _ended(under_way, leave=0)
+    plan.dataset.packs.flush()
 
 
 def _commit(dataset: DatasetFolder, stored: ShardStored, log: RunLog) -> ShardReceipt:
@@ -249,7 +250,7 @@ def finish_run(plan: RunPlan, log: RunLog) -> Manifest:
 
     PipelineError if a shard has none and was not set aside.
     """
-    committed = plan.dataset.receipt_ids()
+    committed = plan.dataset.committed()
     set_aside = sorted(set(log.set_aside) - set(committed))
     missing = {shard.id for shard in plan.shards} - set(committed) - set(set_aside)
     if missing:
@@ -257,6 +258,7 @@ def finish_run(plan: RunPlan, log: RunLog) -> Manifest:
             f"{len(missing)} of {len(plan.shards)} shards came to no end, the first is {min(missing)}: "
             "the manifest is not written. Start the run again."
         )
-    manifest = build_manifest(plan.run_file, plan.dataset.receipts(committed), set_aside)
+    receipts = plan.dataset.receipts(committed, plan.dataset.packs.load(committed))
+    manifest = build_manifest(plan.run_file, receipts, set_aside)
     plan.dataset.finish(manifest, dataset_card(manifest))
     return manifest

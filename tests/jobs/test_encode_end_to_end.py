@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -105,49 +100,6 @@ def test_a_second_run_has_nothing_to_do(encoded: tuple[Path, Manifest], tars: li
     before = dataset_bytes(output)
     assert run_encode(config_for(tars, output)) == manifest
     assert dataset_bytes(output) == before
-
-
-def killed_driver(config: EncodeConfig, folder: Path, address: str, *, receipts: int, delay: float) -> None:
-    """Run the job as a process of its own and SIGKILL it `delay` seconds after so many receipts stand."""
-    settings = config.model_dump(mode="json")
-    settings["cluster"] |= {"address": address, "num_actors": 1}
-    path, output = folder / "config.yaml", Path(config.output.url)
-    path.write_text(json.dumps(settings))
-    with (folder / "log").open("wb") as log:
-        driver = subprocess.Popen([sys.executable, "jobs/encode_webvid.py", str(path)], stdout=log, stderr=log)
-        deadline = time.monotonic() + 120
-        while len(list(output.glob("receipts/*.json"))) < receipts:
-            assert driver.poll() is None, (folder / "log").read_text()
-            assert time.monotonic() < deadline, (folder / "log").read_text()
-            time.sleep(0.05)
-        time.sleep(delay)
-        driver.send_signal(signal.SIGKILL)
-        driver.wait()
-
-
-def test_killed_driver_then_a_new_run_gives_equal_bytes(
-    encoded: tuple[Path, Manifest], tars: list[Path], tmp_path: Path, ray_cluster: str
-) -> None:
-    output = tmp_path / "out"
-    killed_driver(config_for(tars, output), tmp_path, ray_cluster, receipts=1, delay=0)
-    assert not (output / "manifest.json").exists()
-    assert 0 < len(list(output.glob("receipts/*.json"))) < SHARDS
-    run_encode(config_for(tars, output))
-    assert dataset_bytes(output) == dataset_bytes(encoded[0])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(8))
-def test_killed_anywhere_then_a_new_run_gives_equal_bytes(
-    seed: int, encoded: tuple[Path, Manifest], tars: list[Path], tmp_path: Path, ray_cluster: str
-) -> None:
-    """The moment is drawn from the seed: before the first receipt, between two, or after the last."""
-    draw = random.Random(seed)
-    output = tmp_path / "out"
-    receipts, delay = draw.randrange(SHARDS), draw.uniform(0, 4)
-    killed_driver(config_for(tars, output), tmp_path, ray_cluster, receipts=receipts, delay=delay)
-    run_encode(config_for(tars, output))
-    assert dataset_bytes(output) == dataset_bytes(encoded[0]), f"{seed=} {receipts=} {delay=:.2f}"
 
 
 def test_parquet_with_logvar(tars: list[Path], tmp_path: Path, encoded: tuple[Path, Manifest]) -> None:
