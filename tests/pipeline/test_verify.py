@@ -11,14 +11,15 @@ import pytest
 
 from pipeline.storage import Store
 from pipeline.verify import verify_dataset
-from tests.in_process import encode_here, small_settings
+from tests.whole_run import one_encoder, settings_for
 
 
 @pytest.fixture(scope="module")
 def finished(v2d_shards: Callable[..., list[Path]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("verify")
     v2d_shards(folder / "source", num_shards=3, good=1, failed=1, broken=0)
-    encode_here(small_settings(folder / "source", folder / "out"), folder / "scratch")
+    with one_encoder(folder / "scratch") as run:
+        run(settings_for(str(folder / "source"), str(folder / "out")))
     return folder / "out"
 
 
