@@ -30,6 +30,8 @@ from pipeline.sources.spec import WebDatasetSource
 from pipeline.storage import ObjectInfo, glob_objects, list_folder, object_info, open_stream
 
 MAX_TEXT_BYTES = 16 << 20
+WORTH_LISTING = 64
+"""Tars of one folder from which a listing (a request per 1,000 objects) is less than a request for each."""
 LOOKUPS_AT_ONCE = 32
 MAX_COUNTED_SIDECARS = 2000
 _CHUNK = 1 << 20
@@ -90,12 +92,30 @@ def _expand(pattern: str, options: dict[str, Any]) -> list[ObjectInfo]:
         urls = list(braceexpand.braceexpand(pattern))
     except ValueError as error:  # UnbalancedBracesError
         raise ConfigError(f"source.urls: {pattern!r}: {error}") from error
+    listed, others = _listed(urls, options)
     with ThreadPoolExecutor(LOOKUPS_AT_ONCE, thread_name_prefix="plan") as pool:
-        found = [info for infos in pool.map(lambda url: _expand_one(url, options), urls) for info in infos]
+        found = [info for infos in pool.map(lambda url: _expand_one(url, options), others) for info in infos]
+    found += listed
     tars = [info for info in found if info.url.endswith(".tar")]
     if not tars:
         raise SourceError(f"source.urls: no .tar found for {pattern!r} ({len(found)} other objects there)")
     return tars
+
+
+def _listed(urls: list[str], options: dict[str, Any]) -> tuple[list[ObjectInfo], list[str]]:
+    """Tars that a brace pattern names by the hundred, from one listing of their folder; and the URLs left to ask for
+    one by one, among them those that are not in the listing."""
+    by_folder: dict[str, list[str]] = {}
+    for url in urls:
+        if url.endswith(".tar") and not any(character in url for character in "*?["):
+            by_folder.setdefault(url.rpartition("/")[0], []).append(url)
+    listed: dict[str, ObjectInfo] = {}
+    for folder, wanted in by_folder.items():
+        if folder and len(wanted) >= WORTH_LISTING:
+            there = {info.url.rpartition("/")[2]: info for info in _expand_one(folder, options)}
+            names = {url: there.get(url.rpartition("/")[2]) for url in wanted}
+            listed |= {url: ObjectInfo(url, info.size, info.etag) for url, info in names.items() if info is not None}
+    return list(listed.values()), [url for url in urls if url not in listed]
 
 
 def _expand_one(url: str, options: dict[str, Any]) -> list[ObjectInfo]:

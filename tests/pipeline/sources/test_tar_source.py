@@ -24,8 +24,9 @@ from hypothesis import strategies as st
 from pipeline.errors import ConfigError, SourceChanged, SourceError
 from pipeline.records import Clip, Rejection, VideoShard
 from pipeline.sources import SourceDigest, WebDatasetSource, plan_source, read_shard
+from pipeline.sources import tar as tar_source
 from pipeline.sources.forward import MAX_SINGLE_READ
-from pipeline.storage import Store
+from pipeline.storage import ObjectInfo, Store, object_info
 from tests.s3_server import Fault, S3Server, proxy_to
 
 Member = tuple[str, bytes] | tarfile.TarInfo
@@ -675,3 +676,24 @@ def test_reading_from_s3_through_faults(bucket: Store, s3_server: S3Server, whol
         outcome = read_url(shard.url, planned=shard, options=proxy.options)
         assert outcome == whole
         assert len(proxy.requests("GET", "00000.tar")) == 3
+
+
+def test_a_long_brace_pattern_is_one_listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(100):
+        (tmp_path / f"{number:05d}.tar").write_bytes(bytes(10240))
+    pattern = f"{tmp_path}/{{00000..00099}}.tar"
+    (tmp_path / "other.tar").write_bytes(bytes(10240))
+    asked_for: list[str] = []
+
+    def ask(url: str, options: dict[str, Any]) -> ObjectInfo:
+        asked_for.append(url)
+        return object_info(url, options)
+
+    monkeypatch.setattr(tar_source, "object_info", ask)
+    shards = plan_source(WebDatasetSource(urls=pattern)).shards
+    assert [shard.id for shard in shards] == [f"{number:05d}" for number in range(100)]
+    assert {shard.size for shard in shards} == {10240}
+    assert asked_for == []
+    (tmp_path / "00042.tar").unlink()
+    with pytest.raises(SourceError, match=r"00042\.tar does not exist"):
+        plan_source(WebDatasetSource(urls=pattern))
