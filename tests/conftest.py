@@ -135,6 +135,10 @@ def ray_cluster(ray_environment: dict[str, str]) -> Iterator[str]:
 
     # Not under pytest's tmp_path: a Unix socket's path may have 107 bytes.
     folder = tempfile.mkdtemp(prefix="ray-")
+    # The encoders' scratch space is of this run alone: a test takes folders in it away.
+    patch = pytest.MonkeyPatch()
+    patch.setenv("TMPDIR", folder)
+    patch.setattr(tempfile, "tempdir", None)
     context = ray.init(
         num_cpus=4,
         num_gpus=0,
@@ -147,4 +151,5 @@ def ray_cluster(ray_environment: dict[str, str]) -> Iterator[str]:
     )
     yield context.address_info["address"]
     ray.shutdown()
+    patch.undo()
     shutil.rmtree(folder, ignore_errors=True)
