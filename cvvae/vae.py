@@ -16,6 +16,9 @@ from cvvae.posterior import DiagonalGaussian
 from cvvae.spec import VAESpec
 from cvvae.tiling import Tile, apply_spatial_tiles, apply_time_tiles, plan_time_tiles
 
+StreamState = tuple[Tensor, ...]
+"""What a causal model carries from one chunk of a video to the next."""
+
 
 class VideoVAE(nn.Module):
     """A video VAE: (B, 3, T, H, W) in the spec's pixel range <-> raw latents (B, C, t, h, w).
@@ -72,11 +75,42 @@ class VideoVAE(nn.Module):
 
     def normalize(self, latent: Tensor) -> Tensor:
         """Raw latents -> those a diffusion model is trained on: (z - shift) * scale."""
-        return (latent - self.spec.shift_factor) * self.spec.scaling_factor
+        shift, scale = self._per_channel(latent)
+        return (latent - shift) * scale
 
     def denormalize(self, latent: Tensor) -> Tensor:
         """The inverse of `normalize`."""
-        return latent / self.spec.scaling_factor + self.spec.shift_factor
+        shift, scale = self._per_channel(latent)
+        return latent / scale + shift
+
+    def _per_channel(self, latent: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """Shift and scale that broadcast over (..., C, t, h, w)."""
+        shift, scale = (
+            torch.tensor(value, dtype=latent.dtype, device=latent.device).view(-1, 1, 1, 1)
+            if isinstance(value, tuple)
+            else value
+            for value in (self.spec.shift_factor, self.spec.scaling_factor)
+        )
+        return shift, scale
+
+    # --- a causal stream: state in, state out, nothing kept on the module ----------------------------------------
+
+    @property
+    def streams(self) -> bool:
+        """Whether `encode_chunk` and `decode_chunk` give exactly (to rounding) what `encode` and `decode` give."""
+        return False
+
+    def encode_chunk(self, chunk_BCTHW: Tensor, state: StreamState | None) -> tuple[Tensor, StreamState]:
+        """Raw moments (B, 2C, t, h, w) of the next frames of a video, and the state for those after them.
+
+        `state` is None for the first chunk, which has 1 + time_stride * k frames; the others have time_stride * k.
+        The state's size does not depend on how many frames went before. ValueError if the model does not stream.
+        """
+        raise ValueError(f"spec {self.spec.name!r} does not stream: its latents depend on frames that come later")
+
+    def decode_chunk(self, latent_BCTHW: Tensor, state: StreamState | None) -> tuple[Tensor, StreamState]:
+        """Pixels (B, 3, T, H, W) of the next latent frames, and the state for those after; see `encode_chunk`."""
+        raise ValueError(f"spec {self.spec.name!r} does not stream: its pixels depend on latents that come later")
 
     # --- one temporal tile: what a pipeline batches across clips -------------------------------------------------
 

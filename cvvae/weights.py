@@ -18,17 +18,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from cvvae.checkpoint_spec import config_from_spec, spec_from_config, spec_from_tensors
-from cvvae.cv_vae import CVVAE, LAYOUTS
+from cvvae.families import family_of, spec_of_config, spec_of_tensors
 from cvvae.spec import VAESpec
 from cvvae.vae import VideoVAE
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 PICKLE_SUFFIXES = (".ckpt", ".pth", ".pt")
-
-MODELS: dict[str, type[VideoVAE]] = dict.fromkeys(LAYOUTS, CVVAE)
-"""Family of a spec -> the class that implements it: where a new model is added."""
 
 _LISTED = 10
 _UNREADABLE = (
@@ -41,7 +37,7 @@ _UNREADABLE = (
 def load_vae(
     path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> VideoVAE:
-    """A released CV-VAE in eval mode, its weights converted from the stored dtype to `dtype`.
+    """A released VAE in eval mode, its weights converted from the stored dtype to `dtype`.
 
     `path` is a directory with config.json and diffusion_pytorch_model.safetensors, a directory with one .ckpt, or a
     .ckpt, .pth or .safetensors file. Without a config.json in the directory the model is recognised from keys and
@@ -52,9 +48,9 @@ def load_vae(
     digest = weights_sha256(weight_file)
     tensors = _read_tensors(weight_file)
     if config_file is None:
-        spec = spec_from_tensors(tensors, where=str(weight_file))
+        spec = spec_of_tensors(tensors, where=str(weight_file))
     else:
-        spec = spec_from_config(_read_config(config_file), where=str(config_file))
+        spec = spec_of_config(_read_config(config_file), where=str(config_file))
     with torch.device("meta"):  # no memory and no time for an initialisation that is overwritten
         vae = _construct(spec)
     check_tensors(tensors, vae, where=str(weight_file))
@@ -88,7 +84,7 @@ def save_vae(vae: VideoVAE, directory: str | os.PathLike[str]) -> Path:
     The stored dtype is the model's. Each file appears complete or not at all, the config last.
     """
     target = Path(directory)
-    config = config_from_spec(vae.spec)
+    config = family_of(vae.spec).config_from_spec(vae.spec)
     target.mkdir(parents=True, exist_ok=True)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in vae.state_dict().items()}
     weight_part, config_part = target / f".{WEIGHTS_NAME}.tmp", target / f".{CONFIG_NAME}.tmp"
@@ -140,9 +136,7 @@ def _capped(keys: list[str]) -> str:
 
 
 def _construct(spec: VAESpec) -> VideoVAE:
-    if spec.family not in MODELS:
-        raise ValueError(f"VAESpec {spec.name!r}: family: expected one of {sorted(MODELS)}, got {spec.family!r}")
-    return MODELS[spec.family](spec)
+    return family_of(spec).build(spec)
 
 
 def _seeded_tensor(key: str, shape: tuple[int, ...], seed: int) -> Tensor:

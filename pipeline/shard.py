@@ -135,8 +135,8 @@ class ShardEncoder:
         samples = read_shard(shard, self.job.source, max_clip_bytes=self.job.decode.max_clip_bytes, digest=digest)
         with prefetched(samples, depth=2) as ahead:
             clips = _clips_only(ahead, ledger, lost)
-            stride = self._encoder.spec.time_stride
-            with closing(self._pool.decode(clips, self.job.windows, self.job.resize, stride)) as events:
+            unit = self._encoder.spec.frame_unit
+            with closing(self._pool.decode(clips, self.job.windows, self.job.resize, unit)) as events:
                 for event in clock.waits("wait for decode", events):
                     self._take(event, batcher, spool, ledger)
             for done, posterior in batcher.flush():
