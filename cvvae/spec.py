@@ -6,9 +6,10 @@ named literals of all families are `cvvae.SPECS`.
 """
 
 from dataclasses import asdict, dataclass
+from itertools import count
 from typing import Any
 
-from cvvae.tiling import SpatialTiling
+from cvvae.tiling import SpatialTiling, Tile, plan_time_tiles
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,7 +18,9 @@ class VAESpec:
 
     Videos have T = 1 + frame_unit * k frames and sides that are multiples of space_stride, values in `pixel_range`.
     The first frame has a latent frame of its own; each later one stands for time_stride frames. Families with other
-    rules override `frame_unit`, `num_latent_frames`, `num_video_frames` and `frame_span`.
+    rules override `frame_unit`, or `is_valid_num_frames` and `frames_rule`, with `num_latent_frames`,
+    `num_video_frames` and `frame_span`; with another temporal tile plan, `encode_tiles`, `decode_tiles` and
+    `longest_tile`.
     Normalised latents are (z - shift_factor) * scaling_factor; a tuple holds one value per latent channel.
     """
 
@@ -48,11 +51,7 @@ class VAESpec:
                 )
         if 0 in (self.scaling_factor if isinstance(self.scaling_factor, tuple) else (self.scaling_factor,)):
             raise ValueError(f"VAESpec {self.name!r}: scaling_factor: expected numbers other than 0, got 0")
-        if self.tile_frames is not None and (self.tile_frames < 1 or self.tile_frames % self.time_stride):
-            raise ValueError(
-                f"VAESpec {self.name!r}: tile_frames: expected a positive multiple of "
-                f"time_stride={self.time_stride} or None, got {self.tile_frames}"
-            )
+        self._check_tile_frames()
         if not 0 <= self.tile_overlap <= 0.5:
             # beyond one half a tile would overlap the one before its neighbour
             raise ValueError(f"VAESpec {self.name!r}: tile_overlap: expected 0 to 0.5, got {self.tile_overlap}")
@@ -63,15 +62,32 @@ class VAESpec:
             if getattr(self, name) < 1:
                 raise ValueError(f"VAESpec {self.name!r}: {name}: expected >= 1, got {getattr(self, name)}")
 
-    @property
-    def frame_unit(self) -> int:
-        """Valid videos have 1 + frame_unit * k frames."""
-        return self.time_stride
+    def _check_tile_frames(self) -> None:
+        if self.tile_frames is not None and (self.tile_frames < 1 or self.tile_frames % self.time_stride):
+            raise ValueError(
+                f"VAESpec {self.name!r}: tile_frames: expected a positive multiple of "
+                f"time_stride={self.time_stride} or None, got {self.tile_frames}"
+            )
+
+    # --- temporal and spatial tiles ------------------------------------------------------------------------------
 
     @property
     def latent_tile_frames(self) -> int | None:
         """Latent frames from one temporal tile to the next."""
         return None if self.tile_frames is None else self.tile_frames // self.time_stride
+
+    @property
+    def longest_tile(self) -> int | None:
+        """Video frames of a whole temporal tile. None: a tile may have any length."""
+        return None if self.tile_frames is None else self.tile_frames + 1
+
+    def encode_tiles(self, num_frames: int) -> tuple[Tile, ...]:
+        """The temporal tiles of a video: start and stop in video frames, `drop` in latent frames."""
+        return plan_time_tiles(num_frames, stride=self.tile_frames)
+
+    def decode_tiles(self, num_latent_frames: int) -> tuple[Tile, ...]:
+        """The temporal tiles of a latent: start and stop in latent frames, `drop` in video frames."""
+        return plan_time_tiles(num_latent_frames, stride=self.latent_tile_frames)
 
     @property
     def encode_tiling(self) -> SpatialTiling | None:
@@ -85,27 +101,59 @@ class VAESpec:
             return None
         return SpatialTiling.for_decoding(self.tile_size, overlap=self.tile_overlap, space_stride=self.space_stride)
 
+    def encode_tiling_of(self, num_frames: int, height: int, width: int) -> SpatialTiling | None:
+        """How each temporal tile of a (T, H, W) video is cut in space; None if not at all.
+
+        `num_frames` is the whole video's: OD-VAE cuts in space what it cuts in time.
+        """
+        tiling = self.encode_tiling
+        return tiling if tiling is not None and max(height, width) > tiling.tile else None
+
+    def decode_tiling_of(self, num_latent_frames: int, height: int, width: int) -> SpatialTiling | None:
+        """The same for a (t, h, w) latent."""
+        tiling = self.decode_tiling
+        return tiling if tiling is not None and max(height, width) > tiling.tile else None
+
+    # --- which videos, and which latents follow ------------------------------------------------------------------
+
+    @property
+    def frame_unit(self) -> int:
+        """Valid videos have 1 + frame_unit * k frames, where the family has no other rule."""
+        return self.time_stride
+
+    @property
+    def frames_rule(self) -> str:
+        """The valid video lengths, in words for error messages."""
+        return f"1 + {self.frame_unit}*k"
+
     def is_valid_num_frames(self, num_frames: int) -> bool:
         """Whether a video of that many frames can be encoded without dropping any."""
         return num_frames >= 1 and (num_frames - 1) % self.frame_unit == 0
 
     def largest_valid_num_frames(self, num_frames: int) -> int:
-        """The longest valid video length that is at most `num_frames`. ValueError below one frame."""
+        """The longest valid video length that is at most `num_frames`. ValueError if there is none."""
         if num_frames < 1:
             raise ValueError(f"num_frames: expected at least 1, got {num_frames}")
-        return num_frames - (num_frames - 1) % self.frame_unit
+        for shorter in range(num_frames, 0, -1):
+            if self.is_valid_num_frames(shorter):
+                return shorter
+        raise ValueError(f"video frames T: expected {self.frames_rule} for spec {self.name!r}, got {num_frames}")
 
     def num_latent_frames(self, num_frames: int) -> int:
         """Latent frames of a valid video length; ValueError names the nearest valid one."""
+        self._check_num_frames(num_frames)
+        return 1 + (num_frames - 1) // self.time_stride
+
+    def _check_num_frames(self, num_frames: int) -> None:
         if num_frames < 1:
             raise ValueError(f"video frames T: expected at least 1, got {num_frames}")
         if not self.is_valid_num_frames(num_frames):
-            nearest = self.largest_valid_num_frames(num_frames)
+            shorter = next((number for number in range(num_frames, 0, -1) if self.is_valid_num_frames(number)), None)
+            longer = next(number for number in count(num_frames) if self.is_valid_num_frames(number))
             raise ValueError(
-                f"video frames T: expected 1 + {self.frame_unit}*k for spec {self.name!r}, got {num_frames}; "
-                f"the nearest shorter is {nearest}, the nearest longer {nearest + self.frame_unit}"
+                f"video frames T: expected {self.frames_rule} for spec {self.name!r}, got {num_frames}; "
+                f"the nearest shorter is {shorter}, the nearest longer {longer}"
             )
-        return 1 + (num_frames - 1) // self.time_stride
 
     def num_video_frames(self, num_latent_frames: int) -> int:
         """Video frames that decoding gives."""
