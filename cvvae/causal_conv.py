@@ -14,8 +14,8 @@ FramesBefore = Literal["zeros", "first frame"]
 class CausalConv3d(nn.Module):
     """(B, C, T, H, W) -> (B, C', T', H', W') where no output frame sees a later input frame.
 
-    Space is padded with zeros by half a kernel. Time is padded in front only, by kernel - stride frames: with zeros, or
-    with copies of the first frame.
+    Space is padded with zeros by half a kernel. Time is padded in front only, by kernel - stride frames: with zeros,
+    or with copies of the first frame.
     """
 
     def __init__(

@@ -10,10 +10,20 @@ from typing import Any
 
 from torch import Tensor
 
-from cvvae import cv_vae_checkpoint
+from cvvae import cv_vae_checkpoint, od_vae_checkpoint, open_sora_checkpoint
 from cvvae.cv_vae import CVVAE, CVVAE_SPECS, CVVAESpec
+from cvvae.od_vae import ODVAE, ODVAE_SPECS, ODVAESpec
+from cvvae.open_sora_vae import OPEN_SORA_SPECS, OpenSoraSpec, OpenSoraVAE
 from cvvae.spec import VAESpec
 from cvvae.vae import VideoVAE
+
+
+def _config_says_all(spec: VAESpec, tensors: Mapping[str, Tensor], *, where: str) -> VAESpec:
+    return spec
+
+
+def _no_constants(spec: VAESpec) -> dict[str, Tensor]:
+    return {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +34,7 @@ class Family:
     build: Callable[[Any], VideoVAE]
     """A model of a spec, weights not set: may run under torch.device("meta")."""
     class_names: tuple[str, ...]
-    """What `_class_name` in config.json may be."""
+    """What `_class_name` (diffusers) or `model_type` (transformers) in config.json may be."""
     spec_from_config: Callable[..., VAESpec]
     """(config, *, where) -> spec"""
     config_from_spec: Callable[[Any], dict[str, Any]]
@@ -33,6 +43,12 @@ class Family:
     """Whether a state dict without a config has this family's keys."""
     spec_from_tensors: Callable[..., VAESpec]
     """(tensors, *, where) -> spec: sizes from shapes, the rest is the family's own."""
+    spec_with_tensors: Callable[..., VAESpec] = _config_says_all
+    """(spec of the config, tensors, *, where) -> spec, where a config leaves something to the tensors."""
+    constants: Callable[[Any], dict[str, Tensor]] = _no_constants
+    """Tensors of a checkpoint that are no weights but facts of the spec; the model does not have them."""
+    weights_name: str = "diffusion_pytorch_model.safetensors"
+    """The weight file beside config.json, as the authors name it."""
 
 
 _CVVAE = Family(
@@ -45,13 +61,38 @@ _CVVAE = Family(
     spec_from_tensors=cv_vae_checkpoint.spec_from_tensors,
 )
 
+_ODVAE = Family(
+    spec_type=ODVAESpec,
+    build=ODVAE,
+    class_names=(od_vae_checkpoint.CLASS_NAME,),
+    spec_from_config=od_vae_checkpoint.spec_from_config,
+    config_from_spec=od_vae_checkpoint.config_from_spec,
+    recognises=od_vae_checkpoint.recognises,
+    spec_from_tensors=od_vae_checkpoint.spec_from_tensors,
+)
+
+_OPEN_SORA = Family(
+    spec_type=OpenSoraSpec,
+    build=OpenSoraVAE,
+    class_names=(open_sora_checkpoint.CLASS_NAME,),
+    spec_from_config=open_sora_checkpoint.spec_from_config,
+    config_from_spec=open_sora_checkpoint.config_from_spec,
+    recognises=open_sora_checkpoint.recognises,
+    spec_from_tensors=open_sora_checkpoint.spec_from_tensors,
+    spec_with_tensors=open_sora_checkpoint.spec_with_tensors,
+    constants=open_sora_checkpoint.constants,
+    weights_name=open_sora_checkpoint.WEIGHTS_NAME,
+)
+
 FAMILIES: dict[str, Family] = {
     "cvvae-sd21": _CVVAE,
     "cvvae-sd3": _CVVAE,
+    "od-vae": _ODVAE,
+    "open-sora-1.2": _OPEN_SORA,
 }
 """Family of a spec -> what is known of it."""
 
-SPECS: dict[str, VAESpec] = {**CVVAE_SPECS}
+SPECS: dict[str, VAESpec] = {**CVVAE_SPECS, **ODVAE_SPECS, **OPEN_SORA_SPECS}
 """Every named spec."""
 
 
@@ -89,7 +130,7 @@ def _frozen(value: Any) -> Any:
 def spec_of_config(config: Mapping[str, Any], *, where: str) -> VAESpec:
     """The spec that a config.json describes. ValueError on a class nobody here knows."""
     by_class = {name: family for family in FAMILIES.values() for name in family.class_names}
-    name = config.get("_class_name")
+    name = config.get("_class_name", config.get("model_type"))
     if not isinstance(name, str) or name not in by_class:
         raise ValueError(f"{where}: _class_name: expected one of {sorted(by_class)}, got {name!r}")
     return by_class[name].spec_from_config(config, where=where)

@@ -53,7 +53,7 @@ class ODVAESpec(VAESpec):
     """Residual blocks per encoder level; the decoder has one more."""
     tile_frames: int | None = 32
     decode_tile_frames: int | None = 15
-    """Latent frames from one temporal tile to the next when decoding: not the encoder's 32 / 4. A whole one has 16."""
+    """Latent frames from one temporal tile to the next when decoding: a whole one has 16, not the encoder's 9."""
     tile_size: int | None = 256
     tile_overlap: float = 0.125
 
