@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from cvvae import cv_vae_checkpoint, od_vae_checkpoint, open_sora_checkpoint
+from cvvae import cv_vae_checkpoint, iv_vae_checkpoint, od_vae_checkpoint, open_sora_checkpoint
 from cvvae.cv_vae import CVVAE, CVVAE_SPECS, CVVAESpec
+from cvvae.iv_vae import IVVAE, IVVAE_SPECS, IVVAESpec
 from cvvae.od_vae import ODVAE, ODVAE_SPECS, ODVAESpec
 from cvvae.open_sora_vae import OPEN_SORA_SPECS, OpenSoraSpec, OpenSoraVAE
 from cvvae.spec import VAESpec
@@ -61,6 +62,16 @@ _CVVAE = Family(
     spec_from_tensors=cv_vae_checkpoint.spec_from_tensors,
 )
 
+_IVVAE = Family(
+    spec_type=IVVAESpec,
+    build=IVVAE,
+    class_names=(iv_vae_checkpoint.CLASS_NAME,),
+    spec_from_config=iv_vae_checkpoint.spec_from_config,
+    config_from_spec=iv_vae_checkpoint.config_from_spec,
+    recognises=iv_vae_checkpoint.recognises,
+    spec_from_tensors=iv_vae_checkpoint.spec_from_tensors,
+)
+
 _ODVAE = Family(
     spec_type=ODVAESpec,
     build=ODVAE,
@@ -87,12 +98,14 @@ _OPEN_SORA = Family(
 FAMILIES: dict[str, Family] = {
     "cvvae-sd21": _CVVAE,
     "cvvae-sd3": _CVVAE,
+    "ivvae": _IVVAE,
+    "ivvae-baseline": _IVVAE,
     "od-vae": _ODVAE,
     "open-sora-1.2": _OPEN_SORA,
 }
 """Family of a spec -> what is known of it."""
 
-SPECS: dict[str, VAESpec] = {**CVVAE_SPECS, **ODVAE_SPECS, **OPEN_SORA_SPECS}
+SPECS: dict[str, VAESpec] = {**CVVAE_SPECS, **IVVAE_SPECS, **ODVAE_SPECS, **OPEN_SORA_SPECS}
 """Every named spec."""
 
 
