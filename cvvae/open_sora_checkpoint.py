@@ -18,7 +18,7 @@ CLASS_NAME = "VideoAutoencoderPipeline"
 WEIGHTS_NAME = "model.safetensors"
 
 _STAGES = {"vae_2d": "VideoAutoencoderKL", "vae_temporal": "VAE_Temporal_SD"}
-_OWN = ("scaling_factor", "shift_factor", "tile_frames")
+_OWN = ("latent_channels", "scaling_factor", "shift_factor", "tile_frames")
 _BASE = OPEN_SORA_SPECS["open-sora-1.2"]
 _FIRST_KEYS = (
     "spatial_vae.module.encoder.down_blocks.0.resnets.0.conv1.weight",

@@ -48,6 +48,11 @@ class OpenSoraSpec(VAESpec):
     tile_frames: int | None = 17
 
     def __post_init__(self) -> None:
+        if self.tile_size is not None:
+            raise ValueError(
+                f"VAESpec {self.name!r}: tile_size: expected None, the authors do not tile in space; "
+                f"got {self.tile_size}"
+            )
         VAESpec.__post_init__(self)
         for name in ("widths", "temporal_widths"):
             widths = getattr(self, name)
@@ -65,11 +70,6 @@ class OpenSoraSpec(VAESpec):
             raise ValueError(
                 f"VAESpec {self.name!r}: time_stride, space_stride: expected {strides[0]}, {strides[1]} for "
                 f"{len(self.widths)} widths, got {self.time_stride}, {self.space_stride}"
-            )
-        if self.tile_size is not None:
-            raise ValueError(
-                f"VAESpec {self.name!r}: tile_size: expected None, the authors do not tile in space; "
-                f"got {self.tile_size}"
             )
 
     def _check_tile_frames(self) -> None:
