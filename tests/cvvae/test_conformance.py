@@ -233,6 +233,18 @@ def test_a_stream_is_one_shot_where_claimed(units, vae):
         assert_equal_to_rounding(torch.cat(parts, dim=2), vae.decode(posterior.mean))
 
 
+def test_gradients_reach_every_frame(vae):
+    video = noise(vae.spec, short_length(vae.spec)).requires_grad_()
+    with torch.no_grad():
+        without = vae.encode(video).mean
+    mean = vae.encode(video).mean
+    torch.testing.assert_close(mean, without, rtol=1e-4, atol=1e-4)
+    vae.decode(mean).square().mean().backward()
+    assert video.grad is not None
+    assert (video.grad.abs().amax(dim=(0, 1, 3, 4)) > 0).all()
+    vae.zero_grad()
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_the_identity_has_every_field_of_the_spec(name):
     spec = SPECS[name]
