@@ -8,33 +8,41 @@ On a CPU in fp32 without gradients, two frames are computed with four 2-D convol
 cvvae/fast_conv.py for the method and what it gives up); elsewhere PyTorch convolves all groups as one batch.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 
-def group_causal_conv(x_BCTHW: Tensor, previous: Tensor, weight: Tensor, bias: Tensor, *, group: int) -> Tensor:
+def group_causal_conv(
+    x_BCTHW: Tensor, previous: Tensor, weight: Tensor, bias: Tensor, *, group: int, out: Tensor | None = None
+) -> Tensor:
     """(B, C, n * group, H, W) after the frame `previous`, (B, C, 1, H, W) -> (B, C', n * group, H, W).
 
-    `weight` is (C', C, 3, 3, 3); sides are padded with zeros. Input and output are channels-last-3d.
+    `weight` is (C', C, 3, 3, 3); sides are padded with zeros. Input and output are channels-last-3d. The answer is
+    written to `out` if that is given, which may be some channels of a larger tensor: without gradients only.
     """
     assert x_BCTHW.shape[2] % group == 0, "the caller hands over whole groups"
-    if group == 1:  # all that is left of the kernel is causal: [frame before, frame]
-        joined = torch.cat([previous, x_BCTHW], dim=2)
-        return F.conv3d(joined, weight[:, :, :2], bias, padding=(0, 1, 1))
-    if group % 2 == 0 and takes_fast_path(x_BCTHW):
-        return _two_frames_at_once(x_BCTHW, previous, weight, bias, group)
+    convolve = _way_to_convolve(x_BCTHW, group)
+    if convolve is not None:
+        out = empty_channels_last(x_BCTHW, weight.shape[0]) if out is None else out
+        convolve(x_BCTHW, previous, weight, bias, group, out)
+        return out
     padded = _padded_groups(x_BCTHW, previous, group)
-    out = F.conv3d(padded, weight, bias, padding=(0, 1, 1))
-    num_groups = x_BCTHW.shape[2] // group
-    out_BnTHWC = out.movedim(1, -1).unflatten(0, (-1, num_groups))
-    return out_BnTHWC.flatten(1, 2).movedim(-1, 1)
+    folded = F.conv3d(padded, weight, bias, padding=(0, 1, 1))
+    answer_BnTHWC = folded.movedim(1, -1).unflatten(0, (x_BCTHW.shape[0], -1))
+    answer = answer_BnTHWC.flatten(1, 2).movedim(-1, 1)
+    return answer if out is None else out.copy_(answer)
 
 
-def takes_fast_path(x: Tensor) -> bool:
-    """Whether fewer multiplications are worth their bookkeeping: fp32 inference on a CPU, not compiled."""
-    plain = x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled()
-    return not plain and torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling()
+def _way_to_convolve(x: Tensor, group: int) -> Callable[..., None] | None:
+    """What is faster than one batch of padded groups: nothing on a GPU, with gradients or compiled."""
+    if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling() or group == 1:
+        return None
+    if x.dtype == torch.float32 and torch.backends.mkldnn.is_available() and group % 2 == 0:
+        return _two_frames_at_once
+    return _group_by_group
 
 
 def _padded_groups(x_BCTHW: Tensor, previous: Tensor, group: int) -> Tensor:
@@ -47,17 +55,28 @@ def _padded_groups(x_BCTHW: Tensor, previous: Tensor, group: int) -> Tensor:
     return padded.flatten(0, 1).movedim(-1, 1)
 
 
-def _two_frames_at_once(x: Tensor, previous: Tensor, weight: Tensor, bias: Tensor, group: int) -> Tensor:
-    """The same in Winograd's F(2, 3): see `cvvae.fast_conv._winograd_in_time`. No padded copy is made.
+def _group_by_group(x: Tensor, previous: Tensor, weight: Tensor, bias: Tensor, group: int, out: Tensor) -> None:
+    """Reads every group but the first where it lies, and leaves out the kernel's last frame where it meets zeros."""
+    without_last = weight[:, :, :2].contiguous(memory_format=torch.channels_last_3d)
+    for clip in range(x.shape[0]):
+        frames, answers = x[clip : clip + 1], out[clip : clip + 1]
+        first = torch.cat([previous[clip : clip + 1], frames[:, :, :group]], dim=2)
+        for start in range(0, x.shape[2], group):
+            window = frames[:, :, start - 1 : start + group] if start else first
+            last = start + group - 1
+            answers[:, :, start:last] = F.conv3d(window, weight, bias, padding=(0, 1, 1))
+            answers[:, :, last : last + 1] = F.conv3d(window[:, :, -2:], without_last, bias, padding=(0, 1, 1))
+
+
+def _two_frames_at_once(x: Tensor, previous: Tensor, weight: Tensor, bias: Tensor, group: int, out: Tensor) -> None:
+    """Winograd's F(2, 3), see `cvvae.fast_conv._winograd_in_time`; no padded copy is made.
 
     d1 and d2 are the frames of a pair, d0 the frame before, d3 the frame after: zero where a group ends.
     """
     d1, d2 = x[:, :, 0::2], x[:, :, 1::2]
     g0, g1, g2 = weight.unbind(2)
-    batch, channels, num_pairs, height, width = d1.shape
-    scratch = _empty_channels_last(x, (batch, channels, num_pairs, height, width))
-    out = _empty_channels_last(x, (batch, weight.shape[0], 2 * num_pairs, height, width))
     even, odd = out[:, :, 0::2], out[:, :, 1::2]
+    scratch = torch.empty_like(d1, memory_format=torch.channels_last_3d)
 
     torch.add(d1, d2, out=scratch)
     first = _convolve_frames(scratch, (g0 + g1 + g2) / 2, bias)
@@ -73,7 +92,6 @@ def _two_frames_at_once(x: Tensor, previous: Tensor, weight: Tensor, bias: Tenso
     pairs = scratch.unflatten(2, (-1, group // 2))
     pairs[:, :, :, :-1] -= d1.unflatten(2, (-1, group // 2))[:, :, :, 1:]
     odd -= _convolve_frames(scratch, g2, None)
-    return out
 
 
 def _convolve_frames(frames_BCTHW: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
@@ -84,6 +102,7 @@ def _convolve_frames(frames_BCTHW: Tensor, kernel: Tensor, bias: Tensor | None) 
     return out.unflatten(0, (frames_BCTHW.shape[0], -1)).transpose(1, 2)
 
 
-def _empty_channels_last(like: Tensor, shape: tuple[int, int, int, int, int]) -> Tensor:
-    batch, channels, *rest = shape
-    return like.new_empty(batch, *rest, channels).movedim(-1, 1)
+def empty_channels_last(like_BCTHW: Tensor, channels: int) -> Tensor:
+    """An uninitialised tensor of the same clips, frames and sides, channels-last-3d."""
+    batch, _, *sizes = like_BCTHW.shape
+    return like_BCTHW.new_empty(batch, *sizes, channels).movedim(-1, 1)

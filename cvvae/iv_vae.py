@@ -91,9 +91,11 @@ class IVVAESpec(VAESpec):
         return full, 2 * full, 4 * full, 4 * full
 
 
-PIXELS_PER_CHUNK = 4 * 4 * 256 * 256
+PIXELS_PER_CHUNK = {"cpu": 4 * 128 * 128}
+PIXELS_PER_CHUNK_ELSEWHERE = 16 * 256 * 256
 """`encode` and `decode` take as many groups of frames at once as stay below this, one group at least, four at most.
-Memory grows with it; the numbers change in their last bits."""
+Small chunks are good to a CPU's cache, large ones keep a GPU busy. Memory grows with it; the numbers change in their
+last bits."""
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "branches": ("2d+3d", "3d+3d", "one"),
@@ -206,24 +208,24 @@ class IVVAE(VideoVAE):
             )
 
     def _encode_moments(self, tile_BCTHW: Tensor) -> Tensor:
-        _, _, num_frames, height, width = tile_BCTHW.shape
-        unit = self.spec.time_stride
-        chunks = plan_chunks(num_frames, chunk=unit * self._groups_per_chunk(height, width))
+        num_frames, unit = tile_BCTHW.shape[2], self.spec.time_stride
+        chunks = plan_chunks(num_frames, chunk=unit * self._groups_per_chunk(tile_BCTHW, scale=1))
         return apply_in_chunks(
             self._encode_step, tile_BCTHW, chunks, num_frames_out=self.spec.num_latent_frames(num_frames)
         )
 
     def _decode_pixels(self, latent_BCTHW: Tensor) -> Tensor:
-        _, _, num_frames, height, width = latent_BCTHW.shape
-        stride = self.spec.space_stride
-        chunks = plan_chunks(num_frames, chunk=self._groups_per_chunk(stride * height, stride * width))
+        num_frames = latent_BCTHW.shape[2]
+        chunks = plan_chunks(num_frames, chunk=self._groups_per_chunk(latent_BCTHW, scale=self.spec.space_stride))
         return apply_in_chunks(
             self._decode_step, latent_BCTHW, chunks, num_frames_out=self.spec.num_video_frames(num_frames)
         )
 
-    def _groups_per_chunk(self, height: int, width: int) -> int:
-        """How many groups of frames `encode` computes at once: any number is right, this one is quick."""
-        return max(1, min(4, PIXELS_PER_CHUNK // (self.spec.time_stride * height * width)))
+    def _groups_per_chunk(self, x_BCTHW: Tensor, *, scale: int) -> int:
+        """How many groups of frames are computed at once: any number is right, this one is quick."""
+        batch, _, _, height, width = x_BCTHW.shape
+        at_once = PIXELS_PER_CHUNK.get(x_BCTHW.device.type, PIXELS_PER_CHUNK_ELSEWHERE)
+        return max(1, min(4, at_once // (self.spec.time_stride * batch * scale**2 * height * width)))
 
     # --- the network, for the first frame alone (state None) or for whole groups after it -------------------------
 

@@ -16,12 +16,14 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from cvvae.fast_conv import FastConv3d
-from cvvae.group_causal_conv import group_causal_conv
+from cvvae.group_causal_conv import empty_channels_last, group_causal_conv
 from cvvae.layers import attention, batch_to_frames, channels_to_frames, frames_to_batch, register
 from cvvae.vae import StreamState
 
 NORM_EPS = 1e-12
 """The smallest length that a vector is divided by."""
+NORM_BLOCK = 2**16
+"""Values that a CPU normalises at once: a few copies of them fit into its second-level cache."""
 
 
 class Stream:
@@ -82,7 +84,8 @@ def numbered(blocks: Iterable[nn.Module]) -> BlockSequence:
     return BlockSequence(**{str(number): block for number, block in enumerate(blocks)})
 
 
-# --- convolutions of kernel 3, which keep the size. `previous` are the frames before x, `frames_kept` of them ------
+# --- convolutions of kernel 3, which keep the size ---------------------------------------------------------------
+# `previous` are the frames before x, `frames_kept` of them; the answer is written to `out` if that is given.
 
 
 class FrameConv(nn.Conv2d):
@@ -96,8 +99,9 @@ class FrameConv(nn.Conv2d):
     def kernel_of_first_frame(self) -> Tensor:
         return self.weight
 
-    def convolve(self, x_BCTHW: Tensor, previous: Tensor | None) -> Tensor:
-        return batch_to_frames(self(frames_to_batch(x_BCTHW)), num_clips=x_BCTHW.shape[0])
+    def convolve(self, x_BCTHW: Tensor, previous: Tensor | None, out: Tensor | None = None) -> Tensor:
+        answer = batch_to_frames(self(frames_to_batch(x_BCTHW)), num_clips=x_BCTHW.shape[0])
+        return answer if out is None else out.copy_(answer)
 
 
 class CausalConv(FastConv3d):
@@ -114,9 +118,10 @@ class CausalConv(FastConv3d):
     def kernel_of_first_frame(self) -> Tensor:
         return self.weight.sum(dim=2)
 
-    def convolve(self, x_BCTHW: Tensor, previous: Tensor | None) -> Tensor:
+    def convolve(self, x_BCTHW: Tensor, previous: Tensor | None, out: Tensor | None = None) -> Tensor:
         assert previous is not None
-        return self(torch.cat([previous, x_BCTHW], dim=2))
+        answer = self(torch.cat([previous, x_BCTHW], dim=2))
+        return answer if out is None else out.copy_(answer)
 
 
 class GroupCausalConv(nn.Conv3d):
@@ -131,10 +136,10 @@ class GroupCausalConv(nn.Conv3d):
     def kernel_of_first_frame(self) -> Tensor:
         return self.weight[:, :, 0] + self.weight[:, :, 1]
 
-    def convolve(self, x_BCTHW: Tensor, previous: Tensor | None) -> Tensor:
+    def convolve(self, x_BCTHW: Tensor, previous: Tensor | None, out: Tensor | None = None) -> Tensor:
         assert previous is not None
         assert self.bias is not None
-        return group_causal_conv(x_BCTHW, previous, self.weight, self.bias, group=self.group)
+        return group_causal_conv(x_BCTHW, previous, self.weight, self.bias, group=self.group, out=out)
 
 
 MemberConv = FrameConv | CausalConv | GroupCausalConv
@@ -161,8 +166,14 @@ class BranchConv(nn.Module):
         previous = stream.exchange(x_BCTHW, self.frames_kept) if self.frames_kept else None
         if stream.is_first or not self.frames_kept:
             return self._convolve_first_frame(x_BCTHW)
-        outs = [member.convolve(x_BCTHW, previous) for member in self._members()]
-        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+        members = self._members()
+        if len(members) == 1 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            outs = [member.convolve(x_BCTHW, previous) for member in members]
+            return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
+        out_BCTHW = empty_channels_last(x_BCTHW, sum(member.out_channels for member in members))
+        for member, part in zip(members, out_BCTHW.chunk(len(members), dim=1), strict=True):
+            member.convolve(x_BCTHW, previous, out=part)
+        return out_BCTHW
 
     def _convolve_first_frame(self, x_BCTHW: Tensor) -> Tensor:
         """A frame alone is all one 2-D convolution, whose kernels are the members' folded in time."""
@@ -201,21 +212,29 @@ class BranchNormSilu(nn.Module):
         self.num_branches = num_branches
 
     def forward(self, x_BCTHW: Tensor, stream: Stream) -> Tensor:
-        branches = x_BCTHW.movedim(1, -1).unflatten(-1, (self.num_branches, -1))
-        normed = rms_norm(branches, self.gamma.view(self.num_branches, -1)).flatten(-2).movedim(-1, 1)
-        return F.silu(normed, inplace=not torch.is_grad_enabled())
+        x_BTHWC = x_BCTHW.movedim(1, -1)
+        gamma = self.gamma.view(self.num_branches, -1)
+        if x_BCTHW.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            normed = F.silu(rms_norm(x_BTHWC.unflatten(-1, gamma.shape), gamma))
+            return normed.flatten(-2).to(x_BCTHW.dtype).movedim(-1, 1)
+        # block by block, so that all but the first reading and the last writing happens in the cache
+        out_BTHWC = x_BTHWC.new_empty(x_BTHWC.shape)
+        positions, outs = x_BTHWC.reshape(-1, *gamma.shape), out_BTHWC.view(-1, *gamma.shape)
+        per_block = max(1, NORM_BLOCK // gamma.numel())
+        for block, out in zip(positions.split(per_block), outs.split(per_block), strict=True):
+            out.copy_(F.silu(rms_norm(block, gamma), inplace=True))
+        return out_BTHWC.movedim(-1, 1)
 
 
 def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
-    """x / max(|x|, 1e-12) * sqrt(d) * gamma over the last dimension, of size d, as a new tensor.
+    """x / max(|x|, 1e-12) * sqrt(d) * gamma over the last dimension, of size d: a new tensor in fp32.
 
-    Lengths are fp32 in every dtype: in fp16 the squares overflow and 1e-12 is zero, which would make 0 / 0.
+    fp32 for every dtype: in fp16 the squares overflow and 1e-12 is zero, which would make 0 / 0.
     """
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    scale = math.sqrt(x.shape[-1]) / length.clamp_min(NORM_EPS)
-    if x.dtype == torch.float32 and not torch.is_grad_enabled():
-        return (x * scale).mul_(gamma)
-    return (x * scale * gamma).to(x.dtype)
+    x = x.float()
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(NORM_EPS)
+    normed = x * (math.sqrt(x.shape[-1]) / length)
+    return normed * gamma if torch.is_grad_enabled() else normed.mul_(gamma)
 
 
 # --- blocks ------------------------------------------------------------------------------------------------------
@@ -260,7 +279,7 @@ class FrameAttention(nn.Module):
         height, width = x_BCTHW.shape[-2:]
         # a 1x1 convolution of a position is a linear layer: (out, in, 1, 1) flattens to (out, in)
         tokens = frames_to_batch(x_BCTHW).flatten(2).transpose(1, 2)
-        normed = rms_norm(tokens, self.norm.get_parameter("gamma").flatten())
+        normed = rms_norm(tokens, self.norm.get_parameter("gamma").flatten()).to(tokens.dtype)
         query, key, value = F.linear(normed, self.to_qkv.weight.flatten(1), self.to_qkv.bias).chunk(3, dim=-1)
         out = F.linear(attention(query, key, value), self.proj.weight.flatten(1), self.proj.bias) + tokens
         return batch_to_frames(out.transpose(1, 2).unflatten(2, (height, width)), num_clips=x_BCTHW.shape[0])
