@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cvvae import SPECS, DiagonalGaussian, VAESpec, VideoVAE, load_vae, save_vae, seeded_vae, spec_from_dict
 from cvvae import weights_sha256 as sha256_of
+from cvvae.families import FAMILIES
 from cvvae.posterior import LOGVAR_RANGE
 
 TINY = sorted(name for name in SPECS if name.endswith("-tiny"))
@@ -263,6 +264,12 @@ def test_a_saved_model_comes_back_the_same(vae, tmp_path):
     assert sha256_of(loaded) == sha256_of(vae)
     video = noise(vae.spec, short_length(vae.spec))
     assert torch.equal(encoded(loaded, video).mean, encoded(vae, video).mean)
+
+
+def test_no_other_family_takes_its_keys_for_its_own(vae):
+    tensors = vae.state_dict()
+    others = [family for family in FAMILIES.values() if family is not FAMILIES[vae.spec.family]]
+    assert not any(family.recognises(tensors) for family in others)
 
 
 def test_normalized_latents_are_the_specs_and_come_back(vae):

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from cvvae import SPECS, seeded_vae
-from cvvae.od_vae import ODVAE, ODVAESpec
+from cvvae import seeded_vae
+from cvvae.od_vae import ODVAE, ODVAE_SPECS, ODVAESpec
 from tests.cvvae.test_cvvae_golden import assert_near
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 DESCRIPTION = json.loads((GOLDEN / "odvae_small.json").read_text())
-TINY = SPECS["od-vae-tiny"]
-assert isinstance(TINY, ODVAESpec)
+TINY = ODVAE_SPECS["od-vae-tiny"]
 UNTILED = replace(TINY, tile_frames=None, decode_tile_frames=None, tile_size=None)
 
 
@@ -62,8 +61,7 @@ def test_moments_and_pixels_are_the_authors(case, arrays, vae):
 
 def test_keys_shapes_and_parameter_counts_are_the_checkpoints():
     table = json.loads((GOLDEN / "odvae_state_dict_keys.json").read_text())
-    spec = SPECS["od-vae"]
-    assert isinstance(spec, ODVAESpec)
+    spec = ODVAE_SPECS["od-vae"]
     with torch.device("meta"):
         vae = ODVAE(spec)
     assert {key: list(value.shape) for key, value in vae.state_dict().items()} == table
@@ -138,7 +136,7 @@ def test_a_video_that_is_cut_in_time_is_cut_in_space_too(vae, video):
 
 @pytest.mark.parametrize("name", ["od-vae", "od-vae-tiny"])
 def test_default_spatial_tiles_are_the_authors(name):
-    spec = SPECS[name]
+    spec = ODVAE_SPECS[name]
     for tiling, numbers in ((spec.encode_tiling, (256, 224, 4, 28)), (spec.decode_tiling, (32, 28, 32, 224))):
         assert tiling is not None
         assert (tiling.tile, tiling.stride, tiling.out_overlap, tiling.out_stride) == numbers
