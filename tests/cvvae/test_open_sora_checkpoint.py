@@ -43,8 +43,8 @@ def vae():
     return seeded_vae(TINY, seed=3)
 
 
-def write(folder, vae, config, *, dtype=torch.float32, **changes):
-    state = {**vae.state_dict(), **constants(vae.spec)} | changes
+def write(folder, vae, config, changes=None, *, dtype=torch.float32):
+    state = {**vae.state_dict(), **constants(vae.spec)} | (changes or {})
     state = {key: value.to(dtype).contiguous() for key, value in state.items()}
     safetensors.torch.save_file(state, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
@@ -66,7 +66,7 @@ def test_half_precision_does_not_round_the_scale(vae, tmp_path):
 def test_the_checkpoints_scale_wins_over_the_config(vae, tmp_path):
     scale, shift = torch.tensor([2.0, 4.0, 0.5, 8.0]), torch.tensor([0.5, 0.0, 1.0, -1.0])
     state = {"scale": scale.view(1, 4, 1, 1, 1), "shift": shift.view(1, 4, 1, 1, 1)}
-    spec = load_vae(write(tmp_path, vae, AUTHORS_CONFIG, **state)).spec
+    spec = load_vae(write(tmp_path, vae, AUTHORS_CONFIG, state)).spec
     assert spec.scaling_factor == (0.5, 0.25, 2.0, 0.125)
     assert spec.shift_factor == (0.5, 0.0, 1.0, -1.0)
     assert spec.name == "open-sora-1.2-custom"
@@ -109,6 +109,6 @@ def test_checkpoints_without_scale_or_with_a_wrong_one_are_refused(vae, tmp_path
     with pytest.raises(ValueError, match=r"model.safetensors: missing key 'scale'"):
         load_vae(tmp_path)
     with pytest.raises(ValueError, match=r"scale: expected numbers other than 0"):
-        load_vae(write(tmp_path, vae, AUTHORS_CONFIG, scale=torch.zeros(1, 4, 1, 1, 1)))
+        load_vae(write(tmp_path, vae, AUTHORS_CONFIG, {"scale": torch.zeros(1, 4, 1, 1, 1)}))
     with pytest.raises(ValueError, match=r"1 of another shape: shift \(expected \(1, 4, 1, 1, 1\), got \(4,\)\)"):
-        load_vae(write(tmp_path, vae, AUTHORS_CONFIG, shift=torch.ones(4)))
+        load_vae(write(tmp_path, vae, AUTHORS_CONFIG, {"shift": torch.ones(4)}))
