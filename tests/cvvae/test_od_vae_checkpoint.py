@@ -6,14 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cvvae import SPECS, load_vae, save_vae, seeded_vae, weights_sha256
-from cvvae.od_vae import ODVAESpec
+from cvvae import load_vae, save_vae, seeded_vae, weights_sha256
+from cvvae.od_vae import ODVAE_SPECS
 from cvvae.od_vae_checkpoint import config_from_spec, spec_from_config
 
-TINY = SPECS["od-vae-tiny"]
-FULL = SPECS["od-vae"]
-assert isinstance(TINY, ODVAESpec)
-assert isinstance(FULL, ODVAESpec)
+TINY = ODVAE_SPECS["od-vae-tiny"]
+FULL = ODVAE_SPECS["od-vae"]
 
 RELEASED_CONFIG = """{"_class_name": "CausalVAEModel", "_diffusers_version": "0.27.2", "hidden_size": 128,
 "hidden_size_mult": [1, 2, 4, 4], "z_channels": 4, "embed_dim": 4, "num_res_blocks": 2, "attn_resolutions": [],
