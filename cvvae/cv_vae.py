@@ -8,7 +8,7 @@ Checked against the authors' modules: tests/golden, tests/cvvae/test_cvvae_golde
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -34,6 +34,63 @@ from cvvae.spec import VAESpec
 from cvvae.vae import VideoVAE
 
 NamedBlocks = Iterator[tuple[str, nn.Module]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CVVAESpec(VAESpec):
+    """A CV-VAE: an image VAE's architecture with time."""
+
+    widths: tuple[int, ...]
+    """Channels of each level, finest first."""
+    num_res_blocks: int = 2
+    """Residual blocks per encoder level; the decoder has one more."""
+    norm_groups: int = 32
+    half_3d: bool = True
+    """The second convolution of each residual block is 2-D ("2D+3D"), not 3-D."""
+    tile_frames: int | None = 16
+    tile_size: int | None = 576
+
+    def __post_init__(self) -> None:
+        VAESpec.__post_init__(self)
+        self._require_positive("num_res_blocks", "norm_groups")
+        if not self.widths or any(width < 1 or width % self.norm_groups for width in self.widths):
+            raise ValueError(
+                f"VAESpec {self.name!r}: widths: expected positive multiples of norm_groups={self.norm_groups}, "
+                f"got {self.widths}"
+            )
+
+
+# SD1.5 and SD2.1 share one latent space and its scale.
+_SD21 = CVVAESpec(
+    name="cvvae-sd21",
+    family="cvvae-sd21",
+    latent_channels=4,
+    widths=(128, 256, 512, 512),
+    scaling_factor=0.18215,
+    shift_factor=0.0,
+)
+# The released SD3 config states no scale and shift; these are SD3's own.
+_SD3 = replace(
+    _SD21,
+    name="cvvae-sd3",
+    family="cvvae-sd3",
+    latent_channels=16,
+    scaling_factor=1.5305,
+    shift_factor=0.0609,
+)
+_TINY_WIDTHS = (32, 64, 128, 128)
+
+CVVAE_SPECS: dict[str, CVVAESpec] = {
+    spec.name: spec
+    for spec in (
+        _SD21,
+        replace(_SD21, name="cvvae-sd21-full3d", half_3d=False),
+        _SD3,
+        replace(_SD21, name="cvvae-sd21-tiny", widths=_TINY_WIDTHS),
+        replace(_SD21, name="cvvae-sd21-full3d-tiny", half_3d=False, widths=_TINY_WIDTHS),
+        replace(_SD3, name="cvvae-sd3-tiny", widths=_TINY_WIDTHS),
+    )
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +157,7 @@ class CVVAE(VideoVAE):
     plan is part of the numbers.
     """
 
-    def __init__(self, spec: VAESpec) -> None:
+    def __init__(self, spec: CVVAESpec) -> None:
         super().__init__(spec)
         halves_time = levels_that_halve_time(spec)
         layout = LAYOUTS[spec.family]
@@ -114,7 +171,7 @@ class CVVAE(VideoVAE):
         return self.decoder(latent_BCTHW.contiguous(memory_format=torch.channels_last_3d))
 
 
-def levels_that_halve_time(spec: VAESpec) -> tuple[bool, ...]:
+def levels_that_halve_time(spec: CVVAESpec) -> tuple[bool, ...]:
     """For each downsampler, finest first, whether it halves time too. ValueError if the strides cannot be built.
 
     The authors' rule for stride 4 is every other level from the finest. Smaller strides take the first of those,
@@ -136,7 +193,7 @@ def levels_that_halve_time(spec: VAESpec) -> tuple[bool, ...]:
     return tuple(level in halving for level in range(num_samplers))
 
 
-def _res_block(spec: VAESpec, layout: Layout, conv: ConvFactory) -> ConvFactory:
+def _res_block(spec: CVVAESpec, layout: Layout, conv: ConvFactory) -> ConvFactory:
     return partial(
         ResBlock,
         conv1=conv,
@@ -148,7 +205,7 @@ def _res_block(spec: VAESpec, layout: Layout, conv: ConvFactory) -> ConvFactory:
 
 
 def _mid_blocks(
-    spec: VAESpec, layout: Layout, res_block: ConvFactory, attention: type[SpatialAttention]
+    spec: CVVAESpec, layout: Layout, res_block: ConvFactory, attention: type[SpatialAttention]
 ) -> NamedBlocks:
     width = spec.widths[-1]
     first, middle, last = layout.mid
@@ -157,7 +214,7 @@ def _mid_blocks(
     yield last, res_block(width, width)
 
 
-def _encoder_blocks(spec: VAESpec, layout: Layout, halves_time: tuple[bool, ...]) -> NamedBlocks:
+def _encoder_blocks(spec: CVVAESpec, layout: Layout, halves_time: tuple[bool, ...]) -> NamedBlocks:
     conv = partial(EdgeConv3d, frames_before=2, frames_after=0, space=layout.space)
     res_block = _res_block(spec, layout, conv)
     width = spec.widths[0]
@@ -177,7 +234,7 @@ def _encoder_blocks(spec: VAESpec, layout: Layout, halves_time: tuple[bool, ...]
     yield "conv_out", conv(width, 2 * spec.latent_channels)
 
 
-def _decoder_blocks(spec: VAESpec, layout: Layout, halves_time: tuple[bool, ...]) -> NamedBlocks:
+def _decoder_blocks(spec: CVVAESpec, layout: Layout, halves_time: tuple[bool, ...]) -> NamedBlocks:
     # not causal. SD3 repeats the edge in time as in space; z = 4 pads zeros, except after upsampling
     edge_conv = partial(EdgeConv3d, frames_before=1, frames_after=1, space=layout.space)
     conv: ConvFactory = edge_conv

@@ -56,6 +56,9 @@ def apply_time_tiles(
     Without gradients each answer is written into its place at once, so beyond input and output the memory is that of
     one tile however long the video. With gradients the pieces are concatenated, which autograd handles better.
     """
+    if len(tiles) == 1:  # joining would copy an answer that a streaming model has joined already
+        (tile,) = tiles
+        return function(x_BCTHW[:, :, tile.start : tile.stop])[:, :, tile.drop :].contiguous()
     pieces: list[Tensor] = []
     out_BCTHW: Tensor | None = None
     written = 0
@@ -83,6 +86,8 @@ class SpatialTiling:
     stride: int
     out_overlap: int
     out_stride: int
+    past_edge: bool = False
+    """A tile starts at every stride, also where the tile before already reached the edge (OD-VAE)."""
 
     @classmethod
     def for_encoding(cls, tile_size: int, *, overlap: float, space_stride: int) -> Self:
@@ -107,8 +112,11 @@ class SpatialTiling:
     def starts(self, size: int) -> tuple[int, ...]:
         """Where tiles start along a side of `size`: every `stride` until a tile reaches the edge.
 
-        The last tile may be small but is always longer than the overlap: the tile before it ends inside it.
+        The last tile may be small but is always longer than the overlap: the tile before it ends inside it. Not so
+        with `past_edge`, where it may be of any length up to a stride.
         """
+        if self.past_edge:
+            return tuple(range(0, size, self.stride))
         starts = [0]
         while starts[-1] + self.tile < size:
             starts.append(starts[-1] + self.stride)
@@ -138,9 +146,9 @@ def apply_spatial_tiles(function: Callable[[Tensor], Tensor], x_BCTHW: Tensor, t
     are alive at a time, and the finished bands of one call.
     """
     height, width = x_BCTHW.shape[-2:]
-    if height <= tiling.tile and width <= tiling.tile:
-        return function(x_BCTHW)
     tops, lefts = tiling.starts(height), tiling.starts(width)
+    if len(tops) == len(lefts) == 1:
+        return function(x_BCTHW)
     bands: list[Tensor] = []
     row_above: list[Tensor] = []
     for top in tops:
@@ -162,7 +170,9 @@ def blend(before: Tensor, after: Tensor, *, overlap: int, dim: int) -> Tensor:
     """`after`, its first `overlap` entries along `dim` faded in over the last ones of `before`.
 
     The weight of `after` is 0, 1/overlap, ... (overlap - 1)/overlap: 0 at the seam itself, as the authors have it.
+    What is shorter than the overlap is faded over its own length.
     """
+    overlap = min(overlap, before.shape[dim], after.shape[dim])
     if overlap == 0:
         return after
     weight = torch.arange(overlap, device=after.device, dtype=torch.float32).div(overlap).to(after.dtype)

@@ -7,6 +7,7 @@ Layout legend: B clips, C channels, T video frames, t latent frames, H W pixels,
 Nothing here turns gradients off: wrap the call in `torch.no_grad()` or `torch.inference_mode()` to save memory.
 """
 
+from functools import partial
 from typing import Self
 
 import torch
@@ -14,7 +15,10 @@ from torch import Tensor, nn
 
 from cvvae.posterior import DiagonalGaussian
 from cvvae.spec import VAESpec
-from cvvae.tiling import Tile, apply_spatial_tiles, apply_time_tiles, plan_time_tiles
+from cvvae.tiling import Tile, apply_spatial_tiles, apply_time_tiles
+
+StreamState = tuple[Tensor, ...]
+"""What a causal model carries from one chunk of a video to the next."""
 
 
 class VideoVAE(nn.Module):
@@ -49,7 +53,7 @@ class VideoVAE(nn.Module):
         self._check_video(video_BCTHW)
         num_frames = video_BCTHW.shape[2]
         moments_BCTHW = apply_time_tiles(
-            self._encode_spatially,
+            partial(self._encode_spatially, num_frames=num_frames),
             video_BCTHW,
             self.time_tiles(num_frames),
             num_frames_out=self.spec.num_latent_frames(num_frames),
@@ -64,49 +68,88 @@ class VideoVAE(nn.Module):
         self._check_tensor(latent_BCTHW, name="latent_BCTHW", channels=self.spec.latent_channels)
         num_latent_frames = latent_BCTHW.shape[2]
         return apply_time_tiles(
-            self._decode_spatially,
+            partial(self._decode_spatially, num_latent_frames=num_latent_frames),
             latent_BCTHW,
-            plan_time_tiles(num_latent_frames, stride=self.spec.latent_tile_frames),
+            self.spec.decode_tiles(num_latent_frames),
             num_frames_out=self.spec.num_video_frames(num_latent_frames),
         )
 
     def normalize(self, latent: Tensor) -> Tensor:
         """Raw latents -> those a diffusion model is trained on: (z - shift) * scale."""
-        return (latent - self.spec.shift_factor) * self.spec.scaling_factor
+        shift, scale = self._per_channel(latent)
+        return (latent - shift) * scale
 
     def denormalize(self, latent: Tensor) -> Tensor:
         """The inverse of `normalize`."""
-        return latent / self.spec.scaling_factor + self.spec.shift_factor
+        shift, scale = self._per_channel(latent)
+        return latent / scale + shift
+
+    def _per_channel(self, latent: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """Shift and scale that broadcast over (..., C, t, h, w)."""
+        shift, scale = (
+            torch.tensor(value, dtype=latent.dtype, device=latent.device).view(-1, 1, 1, 1)
+            if isinstance(value, tuple)
+            else value
+            for value in (self.spec.shift_factor, self.spec.scaling_factor)
+        )
+        return shift, scale
+
+    # --- a causal stream: state in, state out, nothing kept on the module ----------------------------------------
+
+    @property
+    def prefix_exact(self) -> bool:
+        """Whether a video's first frames give (to rounding) the first latents of the whole video, at every valid
+        length. What streams does; a norm over time or attention to later frames breaks it."""
+        return self.streams
+
+    @property
+    def streams(self) -> bool:
+        """Whether `encode_chunk` and `decode_chunk` give exactly (to rounding) what `encode` and `decode` give."""
+        return False
+
+    def encode_chunk(self, chunk_BCTHW: Tensor, state: StreamState | None) -> tuple[Tensor, StreamState]:
+        """Raw moments (B, 2C, t, h, w) of the next frames of a video, and the state for those after them.
+
+        `state` is None for the first chunk, which has 1 + time_stride * k frames; the others have time_stride * k.
+        The state's size does not depend on how many frames went before. ValueError if the model does not stream.
+        """
+        raise ValueError(f"spec {self.spec.name!r} does not stream: its latents depend on frames that come later")
+
+    def decode_chunk(self, latent_BCTHW: Tensor, state: StreamState | None) -> tuple[Tensor, StreamState]:
+        """Pixels (B, 3, T, H, W) of the next latent frames, and the state for those after; see `encode_chunk`."""
+        raise ValueError(f"spec {self.spec.name!r} does not stream: its pixels depend on latents that come later")
 
     # --- one temporal tile: what a pipeline batches across clips -------------------------------------------------
 
     def time_tiles(self, num_frames: int) -> tuple[Tile, ...]:
         """The temporal tiles `encode` cuts a video into; `drop` counts latent frames. ValueError on an invalid T."""
         self.spec.num_latent_frames(num_frames)
-        return plan_time_tiles(num_frames, stride=self.spec.tile_frames)
+        return self.spec.encode_tiles(num_frames)
 
-    def encode_tile(self, tile_BCTHW: Tensor) -> Tensor:
+    def encode_tile(self, tile_BCTHW: Tensor, *, num_frames: int | None = None) -> Tensor:
         """Raw moments (B, 2C, t, h, w), logvar not clamped, of ONE temporal tile per batch entry.
 
+        `num_frames` is the length of the videos that the tiles are of; None: the tiles are whole videos. It decides
+        how some families cut in space (`VAESpec.encode_tiling_of`).
         The caller drops the first `Tile.drop` latent frames and joins. ValueError if longer than a tile of the spec.
         """
         self._check_video(tile_BCTHW)
-        longest = self.spec.tile_frames
-        if longest is not None and tile_BCTHW.shape[2] > longest + 1:
+        longest = self.spec.longest_tile
+        if longest is not None and tile_BCTHW.shape[2] > longest:
             raise ValueError(
-                f"tile_BCTHW: expected at most {longest + 1} frames (one temporal tile of spec "
+                f"tile_BCTHW: expected at most {longest} frames (one temporal tile of spec "
                 f"{self.spec.name!r}), got {tile_BCTHW.shape[2]}; see time_tiles()"
             )
-        return self._encode_spatially(tile_BCTHW)
+        return self._encode_spatially(tile_BCTHW, num_frames=num_frames or tile_BCTHW.shape[2])
 
-    def _encode_spatially(self, tile_BCTHW: Tensor) -> Tensor:
-        tiling = self.spec.encode_tiling
+    def _encode_spatially(self, tile_BCTHW: Tensor, *, num_frames: int) -> Tensor:
+        tiling = self.spec.encode_tiling_of(num_frames, *tile_BCTHW.shape[-2:])
         if tiling is None:
             return self._encode_moments(tile_BCTHW)
         return apply_spatial_tiles(self._encode_moments, tile_BCTHW, tiling)
 
-    def _decode_spatially(self, latent_BCTHW: Tensor) -> Tensor:
-        tiling = self.spec.decode_tiling
+    def _decode_spatially(self, latent_BCTHW: Tensor, *, num_latent_frames: int) -> Tensor:
+        tiling = self.spec.decode_tiling_of(num_latent_frames, *latent_BCTHW.shape[-2:])
         if tiling is None:
             return self._decode_pixels(latent_BCTHW)
         return apply_spatial_tiles(self._decode_pixels, latent_BCTHW, tiling)

@@ -18,17 +18,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from cvvae.checkpoint_spec import config_from_spec, spec_from_config, spec_from_tensors
-from cvvae.cv_vae import CVVAE, LAYOUTS
+from cvvae.families import FAMILIES, family_of, spec_of_config, spec_of_tensors
 from cvvae.spec import VAESpec
 from cvvae.vae import VideoVAE
 
 CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+WEIGHTS_NAMES = tuple(sorted({family.weights_name for family in FAMILIES.values()}))
 PICKLE_SUFFIXES = (".ckpt", ".pth", ".pt")
-
-MODELS: dict[str, type[VideoVAE]] = dict.fromkeys(LAYOUTS, CVVAE)
-"""Family of a spec -> the class that implements it: where a new model is added."""
 
 _LISTED = 10
 _UNREADABLE = (
@@ -41,23 +37,25 @@ _UNREADABLE = (
 def load_vae(
     path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> VideoVAE:
-    """A released CV-VAE in eval mode, its weights converted from the stored dtype to `dtype`.
+    """A released VAE in eval mode, its weights converted from the stored dtype to `dtype`.
 
-    `path` is a directory with config.json and diffusion_pytorch_model.safetensors, a directory with one .ckpt, or a
-    .ckpt, .pth or .safetensors file. Without a config.json in the directory the model is recognised from keys and
-    shapes, and the tile plan and scale are the family's own. From a training state only encoder.* and decoder.* are
-    taken. ValueError if the config is not supported or keys and shapes do not match exactly; FileNotFoundError.
+    `path` is a directory with config.json and diffusion_pytorch_model.safetensors or model.safetensors, a directory
+    with one .ckpt, or a .ckpt, .pth or .safetensors file. Without a config.json in the directory the model is
+    recognised from keys and shapes, and the tile plan and scale are the family's own. Of a training state only the
+    model is taken, its moving average if it has one. ValueError if the config is not supported or keys and shapes do
+    not match exactly; FileNotFoundError.
     """
     config_file, weight_file = _find_files(Path(path))
     digest = weights_sha256(weight_file)
     tensors = _read_tensors(weight_file)
     if config_file is None:
-        spec = spec_from_tensors(tensors, where=str(weight_file))
+        spec = spec_of_tensors(tensors, where=str(weight_file))
     else:
-        spec = spec_from_config(_read_config(config_file), where=str(config_file))
+        spec = spec_of_config(_read_config(config_file), where=str(config_file))
+        spec = family_of(spec).spec_with_tensors(spec, tensors, where=str(weight_file))
     with torch.device("meta"):  # no memory and no time for an initialisation that is overwritten
         vae = _construct(spec)
-    check_tensors(tensors, vae, where=str(weight_file))
+    check_tensors(tensors, vae, where=str(weight_file), constants=family_of(spec).constants(spec))
     converted = {key: tensors.pop(key).to(device=device, dtype=dtype) for key in vae.state_dict()}
     vae.load_state_dict(converted, assign=True)
     vae.weights_sha256 = digest
@@ -83,19 +81,21 @@ def seeded_vae(spec: VAESpec, seed: int) -> VideoVAE:
 
 
 def save_vae(vae: VideoVAE, directory: str | os.PathLike[str]) -> Path:
-    """Writes config.json and diffusion_pytorch_model.safetensors as the authors do; `load_vae` reads them back.
+    """Writes config.json and the weights (safetensors) as the authors do; `load_vae` reads them back.
 
     The stored dtype is the model's. Each file appears complete or not at all, the config last.
     """
     target = Path(directory)
-    config = config_from_spec(vae.spec)
+    family = family_of(vae.spec)
+    config = family.config_from_spec(vae.spec)
     target.mkdir(parents=True, exist_ok=True)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in vae.state_dict().items()}
-    weight_part, config_part = target / f".{WEIGHTS_NAME}.tmp", target / f".{CONFIG_NAME}.tmp"
+    tensors.update(family.constants(vae.spec))
+    weight_part, config_part = target / f".{family.weights_name}.tmp", target / f".{CONFIG_NAME}.tmp"
     config_part.write_text(json.dumps(config, indent=2) + "\n")
     safetensors.torch.save_file(tensors, weight_part, metadata={"format": "pt"})
     weight_part.chmod(config_part.stat().st_mode & 0o777)  # safetensors writes for its owner only
-    weight_part.replace(target / WEIGHTS_NAME)
+    weight_part.replace(target / family.weights_name)
     config_part.replace(target / CONFIG_NAME)
     return target
 
@@ -119,9 +119,14 @@ def weights_sha256(source: str | os.PathLike[str] | nn.Module) -> str:
     return digest.hexdigest()
 
 
-def check_tensors(tensors: Mapping[str, Tensor], model: nn.Module, *, where: str) -> None:
-    """ValueError listing missing, unexpected and misshapen keys, each with its count and at most ten by name."""
-    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+def check_tensors(
+    tensors: Mapping[str, Tensor], model: nn.Module, *, where: str, constants: Mapping[str, Tensor] | None = None
+) -> None:
+    """ValueError listing missing, unexpected and misshapen keys, each with its count and at most ten by name.
+
+    `constants` are expected beside the model's own.
+    """
+    expected = {key: tuple(value.shape) for key, value in {**model.state_dict(), **(constants or {})}.items()}
     got = {key: tuple(value.shape) for key, value in tensors.items()}
     misshapen = [key for key in expected if key in got and got[key] != expected[key]]
     groups = {
@@ -140,9 +145,7 @@ def _capped(keys: list[str]) -> str:
 
 
 def _construct(spec: VAESpec) -> VideoVAE:
-    if spec.family not in MODELS:
-        raise ValueError(f"VAESpec {spec.name!r}: family: expected one of {sorted(MODELS)}, got {spec.family!r}")
-    return MODELS[spec.family](spec)
+    return family_of(spec).build(spec)
 
 
 def _seeded_tensor(key: str, shape: tuple[int, ...], seed: int) -> Tensor:
@@ -166,12 +169,12 @@ def _find_files(path: Path) -> tuple[Path | None, Path]:
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: expected a checkpoint file or directory, found nothing there")
     config_file = path / CONFIG_NAME
-    weight_file = path / WEIGHTS_NAME
-    if not weight_file.is_file():
+    weight_file = next((path / name for name in WEIGHTS_NAMES if (path / name).is_file()), None)
+    if weight_file is None:
         pickled = sorted(file for file in path.iterdir() if file.suffix in PICKLE_SUFFIXES)
         if len(pickled) != 1:
             raise ValueError(
-                f"{path}: expected {WEIGHTS_NAME} or exactly one .ckpt, .pth or .pt file, "
+                f"{path}: expected {' or '.join(WEIGHTS_NAMES)} or exactly one .ckpt, .pth or .pt file, "
                 f"got {[file.name for file in pickled]}"
             )
         weight_file = pickled[0]
@@ -198,11 +201,24 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         raise ValueError(
             f"{file}: expected a readable file of tensors (objects of other classes are not loaded), got: {error}"
         ) from error
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
     if not isinstance(state, Mapping):
         raise ValueError(f"{file}: expected a state dict, bare or under 'state_dict', got {type(state).__name__}")
     training_only = ("loss.", "constraint_")
     return {
-        key: value for key, value in state.items() if isinstance(value, Tensor) and not key.startswith(training_only)
+        key: value
+        for key, value in _model_state(state).items()
+        if isinstance(value, Tensor) and not key.startswith(training_only)
     }
+
+
+def _model_state(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The model's tensors in a training state: their moving average, or under 'state_dict', there perhaps beside a
+    discriminator's."""
+    average = state.get("ema_state_dict")
+    if isinstance(average, Mapping) and average:
+        return {key.removeprefix("module."): value for key, value in average.items()}
+    for name in ("state_dict", "gen_model"):
+        inner = state.get(name)
+        if isinstance(inner, Mapping):
+            state = inner
+    return state

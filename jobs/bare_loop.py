@@ -23,6 +23,7 @@ from pipeline.prefetch import prefetched
 from pipeline.records import Clip
 from pipeline.run import EncodeSettings
 from pipeline.sources import SourceDigest, plan_source, read_shard
+from pipeline.windows import valid_lengths
 
 
 def bare_loop(
@@ -44,7 +45,8 @@ def _loop(
     encoder = TileEncoder(load_source(settings.vae), settings.encode, device, threads=threads)
     with DecodePool(settings.decode, decode_children) as pool, prefetched(_clips(settings), depth=2) as clips:
         wanted = (clip for clip in clips if isinstance(clip, Clip))
-        events = pool.decode(wanted, settings.windows, settings.resize, encoder.spec.time_stride)
+        lengths = valid_lengths(settings.windows, encoder.spec.is_valid_num_frames)
+        events = pool.decode(wanted, settings.windows, settings.resize, lengths)
         try:
             return time.time() - time.perf_counter(), list(_spans(events, encoder, seconds))
         finally:

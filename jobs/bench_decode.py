@@ -37,7 +37,7 @@ CLIPS = ("carphone_pristine.mp4", "bikes.mp4", "WolfgangLanger_Pexels.mp4", "big
 BACKENDS: tuple[BackendName, ...] = ("pyav", "decord")
 WINDOWS = WindowPolicy(frames=17, tail="trim")
 RESIZE = ResizePolicy(buckets=((256, 256),))
-TIME_STRIDE = 4
+LENGTHS = (1, 5, 9, 13, 17)
 
 
 Place = Callable[[bytes, int], float]
@@ -98,14 +98,14 @@ def _in_process(video: bytes, backend: BackendName, repeats: int) -> float:
     frames, started = 0, time.perf_counter()
     for _ in range(repeats):
         with Blob.from_bytes(video) as blob:
-            for window in decode_clip(blob.path, backend, WINDOWS, RESIZE, time_stride=TIME_STRIDE):
+            for window in decode_clip(blob.path, backend, WINDOWS, RESIZE, lengths=LENGTHS):
                 frames += window.to_window("clip").shape[0]
     return frames / (time.perf_counter() - started)
 
 
 def _in_pool(pool: DecodePool, video: bytes, repeats: int) -> float:
     frames, started = 0, time.perf_counter()
-    for event in pool.decode(_clips(video, repeats), WINDOWS, RESIZE, TIME_STRIDE):
+    for event in pool.decode(_clips(video, repeats), WINDOWS, RESIZE, LENGTHS):
         if isinstance(event, ClipDone):
             assert event.summary is not None, event.rejection
             frames += event.summary.sampled_frames - event.summary.trimmed_frames

@@ -17,6 +17,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from cvvae import VAESpec
+from cvvae.cv_vae import CVVAESpec
 
 _LDM_NAMES = {
     "down": "encoder.down.{}.block.{}",
@@ -46,7 +47,7 @@ class PlainCVVAE:
     """Either layout of CV-VAE with strides 4 and 8. Tensors by key, as `VideoVAE.state_dict` gives them."""
 
     def __init__(self, spec: VAESpec, weights: Mapping[str, Tensor]) -> None:
-        if spec.family not in ("cvvae-sd21", "cvvae-sd3") or (spec.time_stride, spec.space_stride) != (4, 8):
+        if not isinstance(spec, CVVAESpec) or (spec.time_stride, spec.space_stride) != (4, 8):
             raise ValueError(f"expected a CV-VAE with strides 4 and 8, got {spec}")
         self.spec = spec
         self._weights = {key: tensor.detach().contiguous() for key, tensor in weights.items()}

@@ -19,7 +19,7 @@ from pipeline.policies import Policy, PublicUrl, StoreOptions
 from pipeline.storage import open_url
 from pipeline.store_errors import client_errors, redact
 
-WEIGHT_FILES = ("diffusion_pytorch_model.safetensors",)
+WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 CHECKPOINT_SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt")
 
 
@@ -106,7 +106,7 @@ def _wanted_files(fs: Any, root: str) -> dict[str, str]:
     if root.endswith(CHECKPOINT_SUFFIXES):
         return {root: _version(fs.info(root))}
     entries = {entry["name"].rsplit("/", 1)[-1]: entry for entry in fs.ls(root, detail=True)}
-    weights = [name for name in sorted(entries) if name in WEIGHT_FILES]
+    weights = [name for name in WEIGHT_FILES if name in entries][:1]
     weights = weights or [name for name in sorted(entries) if name.endswith(CHECKPOINT_SUFFIXES)][:1]
     chosen = [*weights, *(["config.json"] if "config.json" in entries else [])]
     return {entries[name]["name"]: _version(entries[name]) for name in chosen} if weights else {}

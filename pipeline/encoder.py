@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -58,6 +58,14 @@ class _PendingTile(Generic[Token]):
     drop: int
     position: int
     window: _OpenWindow[Token]
+
+
+class _BatchKind(NamedTuple):
+    """What tiles have in common that may share a batch. With some VAEs the window decides whether its tiles are cut
+    in space, not the tile."""
+
+    shape: tuple[int, int, int]
+    cut_in_space: bool
 
 
 @dataclass(slots=True)
@@ -108,7 +116,7 @@ class TileEncoder:
         last one is filler.
         """
         pixels = self.policy.batch_pixels
-        if self.spec.tile_frames is not None and tile_shape[0] <= self.spec.tile_frames:
+        if self.spec.longest_tile is not None and tile_shape[0] < self.spec.longest_tile:
             pixels //= _TAIL_BATCH_SHARE
         return max(1, pixels // int(np.prod(tile_shape)))
 
@@ -119,23 +127,25 @@ class TileEncoder:
         """A batcher for one shard (batches never mix shards); `clock` takes the time its batches need."""
         return TileBatcher(self, clock or StageClock())
 
-    def encode(self, frames_BTHWC: np.ndarray, clock: StageClock) -> Tensor:
-        """Raw moments (B, 2C, t, h, w), float32 on the CPU, of a full batch of uint8 tiles."""
+    def encode(self, frames_BTHWC: np.ndarray, clock: StageClock, *, num_frames: int | None = None) -> Tensor:
+        """Raw moments (B, 2C, t, h, w), float32 on the CPU, of a full batch of uint8 tiles of windows of `num_frames`
+        frames; None: the tiles are whole windows."""
         asked = time.perf_counter()
-        moments, started, ended = self._thread.submit(self._encode, frames_BTHWC).result()
+        length = num_frames or frames_BTHWC.shape[1]
+        moments, started, ended = self._thread.submit(self._encode, frames_BTHWC, length).result()
         clock.add("wait for encoder", started - asked)
         clock.add("encode", ended - started)
         return moments
 
     @torch.inference_mode()
-    def _encode(self, frames_BTHWC: np.ndarray) -> tuple[Tensor, float, float]:
+    def _encode(self, frames_BTHWC: np.ndarray, num_frames: int) -> tuple[Tensor, float, float]:
         started = time.perf_counter()
         frames = torch.from_numpy(frames_BTHWC)
         if self.device.type == "cuda":
             frames = frames.pin_memory().to(self.device, non_blocking=True)
         video_BCTHW = frames.permute(0, 4, 1, 2, 3).float().div_(127.5).sub_(1.0)
         video_BCTHW = video_BCTHW.to(dtype=DTYPES[self.policy.dtype], memory_format=self._memory_format)
-        moments = self._encode_tile(video_BCTHW).to("cpu", torch.float32)
+        moments = self._encode_tile(video_BCTHW, num_frames=num_frames).to("cpu", torch.float32)
         ended = time.perf_counter()
         self.clock.busy_seconds += ended - started
         self.clock.frames += frames_BTHWC.shape[0] * frames_BTHWC.shape[1]
@@ -167,7 +177,7 @@ class TileBatcher(Generic[Token]):
     def __init__(self, encoder: TileEncoder, clock: StageClock) -> None:
         self._encoder = encoder
         self._clock = clock
-        self._pending: dict[tuple[int, int, int], list[_PendingTile[Token]]] = {}
+        self._pending: dict[_BatchKind, list[_PendingTile[Token]]] = {}
 
     def add(self, frames_THWC: np.ndarray, token: Token) -> Iterator[tuple[Token, DiagonalGaussian]]:
         """Take a window's frames (uint8); yield the windows this completes, moments (1, C, t, h, w) float32."""
@@ -176,26 +186,29 @@ class TileBatcher(Generic[Token]):
         for position, tile in enumerate(tiles):
             frames = frames_THWC[tile.start : tile.stop]
             shape = (frames.shape[0], frames.shape[1], frames.shape[2])
-            queue = self._pending.setdefault(shape, [])
+            kind = _BatchKind(shape, self._encoder.spec.encode_tiling_of(len(frames_THWC), *shape[1:]) is not None)
+            queue = self._pending.setdefault(kind, [])
             queue.append(_PendingTile(frames, tile.drop, position, window))
             if len(queue) == self._encoder.batch_size(shape):
-                yield from self._encode(shape)
+                yield from self._encode(kind)
 
     def flush(self) -> Iterator[tuple[Token, DiagonalGaussian]]:
         """Encode what is left, in the order of the tile shapes."""
-        for shape in sorted(self._pending):
-            if self._pending[shape]:
-                yield from self._encode(shape)
+        for kind in sorted(self._pending):
+            if self._pending[kind]:
+                yield from self._encode(kind)
 
-    def _encode(self, shape: tuple[int, int, int]) -> Iterator[tuple[Token, DiagonalGaussian]]:
-        pending, self._pending[shape] = self._pending[shape], []
+    def _encode(self, kind: _BatchKind) -> Iterator[tuple[Token, DiagonalGaussian]]:
+        pending, self._pending[kind] = self._pending[kind], []
+        shape = kind.shape
         size = self._encoder.batch_size(shape)
         batch = np.zeros((size, *shape, 3), dtype=np.uint8)
         for slot, tile in zip(batch, pending, strict=False):
             slot[:] = tile.frames_THWC
         self._encoder.clock.tiles += len(pending)
         self._encoder.clock.filler_tiles += size - len(pending)
-        moments = self._encoder.encode(batch, self._clock)
+        # windows of one kind are cut alike in space, so any of their lengths will do
+        moments = self._encoder.encode(batch, self._clock, num_frames=pending[0].window.num_frames)
         for index, tile in enumerate(pending):
             window = tile.window
             window.moments[tile.position] = moments[index : index + 1, :, tile.drop :]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from pipeline.documents import Counts, Manifest, ManifestShard, RunFile, ShardReceipt
 from pipeline.records import LatentRow
@@ -84,7 +85,7 @@ tags:
 - VAE: {vae.get("name")}, weights sha256 `{identity.weights_sha256}`
 - identity: `{manifest.fingerprint}`
 - stored: {stored}, {identity.storage_dtype}, layout C, T, H, W
-- normalize: z = (mean - {vae.get("shift_factor")}) * {vae.get("scaling_factor")}
+- normalize: {_normalization(vae)}
 
 | bucket (frames x height x width) | windows |
 |---|---|
@@ -98,3 +99,10 @@ tags:
 |---|---|---|
 {channels}
 """
+
+
+def _normalization(vae: Mapping[str, Any]) -> str:
+    shift, scale = vae.get("shift_factor"), vae.get("scaling_factor")
+    if isinstance(shift, list) or isinstance(scale, list):
+        return f"z = (mean - shift) * scale, by channel: shift {shift}, scale {scale}"
+    return f"z = (mean - {shift}) * {scale}"

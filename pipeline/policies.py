@@ -77,7 +77,7 @@ class WindowPolicy(Policy):
     """
 
     frames: Annotated[int, Field(ge=1)] = 17
-    """Frames in a window; must be 1 + k * time_stride of the VAE."""
+    """Frames in a window; must be a length that the VAE takes: 1 + 4k for most."""
     fps: Annotated[float, Field(gt=0, le=1000)] | None = None
     """Resample to this rate by presentation time: output k shows the frame on screen at k / fps seconds
     after the first. None keeps every source frame."""

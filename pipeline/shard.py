@@ -39,6 +39,7 @@ from pipeline.spool import LatentSpool
 from pipeline.stats import ChannelStatistics
 from pipeline.storage import Store
 from pipeline.store_errors import redact
+from pipeline.windows import valid_lengths
 
 log = logging.getLogger(__name__)
 
@@ -147,8 +148,8 @@ class ShardEncoder:
         samples = read_shard(shard, self.job.source, max_clip_bytes=self.job.decode.max_clip_bytes, digest=digest)
         with prefetched(samples, depth=2) as ahead:
             clips = _clips_only(ahead, ledger, lost)
-            stride = self._encoder.spec.time_stride
-            with closing(self._pool.decode(clips, self.job.windows, self.job.resize, stride)) as events:
+            lengths = valid_lengths(self.job.windows, self._encoder.spec.is_valid_num_frames)
+            with closing(self._pool.decode(clips, self.job.windows, self.job.resize, lengths)) as events:
                 for event in clock.waits("wait for decode", events):
                     self._take(event, batcher, spool, ledger)
             for done, posterior in batcher.flush():

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from cvvae import VAESpec, spec_from_dict
 from pipeline.dataset import MANIFEST, DatasetFolder, describe_file
 from pipeline.documents import Manifest, RunFile, ShardReceipt, StoredObject
 from pipeline.encoder import DTYPES
@@ -186,7 +187,7 @@ def _object_problems(stored: StoredObject, path: Path) -> Iterator[str]:
 def _content_problems(
     run: RunFile, receipt: ShardReceipt, payload: Path, index_rows: Sequence[IndexRow], report: VerifyReport
 ) -> Iterator[str]:
-    shard_format = FORMATS[run.format]
+    shard_format, spec = FORMATS[run.format], spec_from_dict(run.identity.vae)
     statistics = ChannelStatistics()
     previous: tuple[str, str] | None = None
     count = 0
@@ -203,7 +204,7 @@ def _content_problems(
             if previous is not None and row.sort_key <= previous:
                 yield f"{row.key}: out of order or twice"
             previous = row.sort_key
-            yield from _latent_problems(run, latent)
+            yield from _latent_problems(run, spec, latent)
             yield from _offset_problems(latent, index_rows[count - 1], direct)
             statistics = statistics.merge(ChannelStatistics.of(latent.mean_CTHW))
     report.windows += count
@@ -232,15 +233,13 @@ def _content_problems(
             yield f"the {name} in its receipt are not what its index and rejections add up to"
 
 
-def _latent_problems(run: RunFile, latent: Latent) -> Iterator[str]:
-    row, vae = latent.row, run.identity.vae
-    time, space = int(vae["time_stride"]), int(vae["space_stride"])
-    expected = (
-        int(vae["latent_channels"]),
-        1 + (row.num_frames - 1) // time,
-        row.height // space,
-        row.width // space,
-    )
+def _latent_problems(run: RunFile, spec: VAESpec, latent: Latent) -> Iterator[str]:
+    row = latent.row
+    try:
+        expected = spec.latent_shape(row.num_frames, row.height, row.width)
+    except ValueError as error:
+        yield f"{row.key}: no latent of the VAE has its shape: {error}"
+        return
     tensors = [latent.mean_CTHW] + ([latent.logvar_CTHW] if latent.logvar_CTHW is not None else [])
     if len(tensors) != 1 + run.identity.logvar:
         yield f"{row.key}: logvar is {'missing' if run.identity.logvar else 'there but not expected'}"

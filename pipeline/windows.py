@@ -6,7 +6,7 @@ whole window. All three need constant memory, so a clip may be of any length.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol, TypeVar
@@ -48,13 +48,19 @@ class Tail:
     """Frames of a tail without a window."""
 
 
-def check_window_length(policy: WindowPolicy, time_stride: int) -> None:
-    """ConfigError unless `policy.frames` is 1 + k * time_stride."""
-    if (policy.frames - 1) % time_stride:
-        below = policy.frames - (policy.frames - 1) % time_stride
+def valid_lengths(policy: WindowPolicy, is_valid: Callable[[int], bool]) -> tuple[int, ...]:
+    """Numbers of frames up to `policy.frames` that a VAE takes, ascending: what decode children, which know no VAE,
+    are told of it."""
+    return tuple(length for length in range(1, policy.frames + 1) if is_valid(length))
+
+
+def check_window_length(policy: WindowPolicy, lengths: Sequence[int]) -> None:
+    """ConfigError unless `policy.frames` is one of the VAE's lengths."""
+    if policy.frames not in lengths:
+        shorter = [length for length in lengths if length < policy.frames]
         raise ConfigError(
-            f"windows.frames must be 1 + k * {time_stride} (the VAE's time stride), got {policy.frames}; "
-            f"the nearest are {below} and {below + time_stride}"
+            f"windows.frames must be a length that the VAE takes, got {policy.frames}; "
+            f"the longest below is {shorter[-1] if shorter else 'none'}"
         )
 
 
@@ -104,9 +110,12 @@ def whole_windows(num_sampled: int, policy: WindowPolicy) -> int:
     return windows if policy.max_windows is None else min(windows, policy.max_windows)
 
 
-def plan_tail(num_sampled: int, policy: WindowPolicy, time_stride: int) -> Tail:
-    """The tail of a clip of `num_sampled` frames. With overlap the tail's window starts where the next whole one
-    would have; one that would show nothing new is not made. Reaching `max_windows` leaves no tail."""
+def plan_tail(num_sampled: int, policy: WindowPolicy, lengths: Sequence[int]) -> Tail:
+    """The tail of a clip of `num_sampled` frames; `lengths` are the VAE's, up to the policy's.
+
+    With overlap the tail's window starts where the next whole one would have; one that would show nothing new is not
+    made. Reaching `max_windows` leaves no tail.
+    """
     windows = whole_windows(num_sampled, policy)
     start = windows * policy.stride
     covered = start - policy.stride + policy.frames if windows else 0
@@ -118,8 +127,8 @@ def plan_tail(num_sampled: int, policy: WindowPolicy, time_stride: int) -> Tail:
         return Tail(dropped=left)
     if policy.tail == "pad":
         return Tail(kept=real, padded=policy.frames - real)
-    kept = 1 + (real - 1) // time_stride * time_stride
-    if start + kept <= covered:
+    kept = max((length for length in lengths if length <= real), default=0)
+    if not kept or start + kept <= covered:
         return Tail(dropped=left)
     return Tail(kept=kept, trimmed=real - kept)
 

@@ -17,6 +17,8 @@ from pipeline.decode.blob import Blob
 from pipeline.records import Clip
 
 CODE_HEIGHT, CODE_WIDTH = 96, 160
+LENGTHS = tuple(range(1, 500, 4))
+"""Window lengths that a VAE of time stride 4 takes."""
 _BITS = 8
 _BLOCK = CODE_WIDTH // _BITS
 

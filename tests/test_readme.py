@@ -68,9 +68,9 @@ def dataset(v2d_shards, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_six_lines_read_a_shard(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = code_after("six-lines")
-    assert len([line for line in code.splitlines() if line]) == 6
+def test_seven_lines_read_a_shard(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = code_after("seven-lines")
+    assert len([line for line in code.splitlines() if line]) == 7
     scope: dict[str, object] = {}
     exec(code.replace("data/demo/latents", str(dataset / "out")), scope)
     assert "(4, 5, 4, 4)" in capsys.readouterr().out

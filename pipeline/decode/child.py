@@ -101,7 +101,7 @@ class _Attempts:
                     backend,
                     job.windows,
                     job.resize,
-                    time_stride=job.time_stride,
+                    lengths=job.lengths,
                     threads=job.threads,
                 )
             )

@@ -6,7 +6,7 @@ that no window wants are neither converted nor resized.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,22 +104,22 @@ def decode_clip(
     windows: WindowPolicy,
     resize: ResizePolicy,
     *,
-    time_stride: int,
+    lengths: Sequence[int],
     threads: int = 1,
 ) -> Generator[DecodedWindow, None, ClipSummary]:
-    """Windows of the clip at `path` in order; returns the summary. ClipError if the clip is refused, perhaps after
-    some windows were given: those are void."""
+    """Windows of the clip at `path` in order; returns the summary. `lengths` are those of `valid_lengths`. ClipError
+    if the clip is refused, perhaps after some windows were given: those are void."""
     with open_frames(path, backend, threads=threads) as source:
-        return (yield from cut_windows(source, windows, resize, time_stride=time_stride))
+        return (yield from cut_windows(source, windows, resize, lengths=lengths))
 
 
 def cut_windows(
-    source: FrameSource, windows: WindowPolicy, resize: ResizePolicy, *, time_stride: int
+    source: FrameSource, windows: WindowPolicy, resize: ResizePolicy, *, lengths: Sequence[int]
 ) -> Generator[DecodedWindow, None, ClipSummary]:
     """`decode_clip` for frames from anywhere."""
     cutter = _Cutter(source, windows, resizer_for(source.video, resize))
     yield from cutter.whole_windows()
-    tail = Tail() if cutter.stopped_early else plan_tail(cutter.sampled, windows, time_stride)
+    tail = Tail() if cutter.stopped_early else plan_tail(cutter.sampled, windows, lengths)
     if tail.kept:
         yield cutter.tail_window(tail)
     if not cutter.given:

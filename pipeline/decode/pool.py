@@ -94,22 +94,23 @@ class DecodePool:
         """The decoders in use with their versions, in the order they are tried: ("pyav-18.1.0", ...)."""
 
     def decode(
-        self, clips: Iterator[Clip], windows: WindowPolicy, resize: ResizePolicy, time_stride: int
+        self, clips: Iterator[Clip], windows: WindowPolicy, resize: ResizePolicy, lengths: tuple[int, ...]
     ) -> Generator[DecodeEvent, None, None]:
         """Events in clip order. At most num_children + 1 clips are taken ahead; each clip's Blob is closed at its
-        ClipDone, or when the iterator is closed. ConfigError if windows have no valid length."""
-        check_window_length(windows, time_stride)
-        return self._decode(clips, windows, resize, time_stride)
+        ClipDone, or when the iterator is closed. `lengths` are the VAE's, up to a window's: ConfigError if that is
+        none of them."""
+        check_window_length(windows, lengths)
+        return self._decode(clips, windows, resize, lengths)
 
     def _decode(
-        self, clips: Iterator[Clip], windows: WindowPolicy, resize: ResizePolicy, time_stride: int
+        self, clips: Iterator[Clip], windows: WindowPolicy, resize: ResizePolicy, lengths: tuple[int, ...]
     ) -> Generator[DecodeEvent, None, None]:
         ahead = _LookAhead()
         clips = iter(clips)
         try:
             while True:
                 while len(ahead.tasks) <= len(self._workers) and (clip := next(clips, None)) is not None:
-                    ahead.tasks.append(ClipTask(clip, self._job(windows, resize, time_stride)))
+                    ahead.tasks.append(ClipTask(clip, self._job(windows, resize, lengths)))
                     self._queue.put(ahead.tasks[-1])
                 if not ahead.tasks:
                     return
@@ -118,7 +119,7 @@ class DecodePool:
         finally:
             ahead.abandon()
 
-    def _job(self, windows: WindowPolicy, resize: ResizePolicy, time_stride: int) -> Job:
+    def _job(self, windows: WindowPolicy, resize: ResizePolicy, lengths: tuple[int, ...]) -> Job:
         with self._lock:
             number = next(self._numbers)
         return Job(
@@ -126,7 +127,7 @@ class DecodePool:
             backends=self._backends,
             windows=windows,
             resize=resize,
-            time_stride=time_stride,
+            lengths=lengths,
             threads=self.policy.threads,
             windows_in_flight=self.policy.windows_in_flight,
         )

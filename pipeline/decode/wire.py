@@ -31,7 +31,7 @@ class Job:
     backends: tuple[BackendName, ...]
     windows: WindowPolicy
     resize: ResizePolicy
-    time_stride: int
+    lengths: tuple[int, ...]
     threads: int
     windows_in_flight: int
 
@@ -48,6 +48,7 @@ class Job:
         fields = {name: message[name] for name in cls.__slots__}
         fields["windows"] = WindowPolicy.model_validate(message["windows"])
         fields["resize"] = ResizePolicy.model_validate(message["resize"])
+        fields["lengths"] = tuple(message["lengths"])
         return cls(**fields)
 
 

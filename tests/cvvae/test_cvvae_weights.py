@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 
 from cvvae import SPECS, build_vae, load_vae, save_vae, seeded_vae, weights_sha256
-from cvvae.checkpoint_spec import config_from_spec, spec_from_config
+from cvvae.cv_vae_checkpoint import config_from_spec, spec_from_config
 
 TINY = ["cvvae-sd21-tiny", "cvvae-sd21-full3d-tiny", "cvvae-sd3-tiny"]
 
@@ -161,7 +161,7 @@ def test_paths_that_hold_no_checkpoint_are_refused(tmp_path):
     with pytest.raises(ValueError, match="expected a readable file of tensors"):
         load_vae(tmp_path / "broken.safetensors")
     torch.save({"unet.weight": torch.zeros(1)}, tmp_path / "unet.ckpt")
-    with pytest.raises(ValueError, match="expected the keys of a CV-VAE"):
+    with pytest.raises(ValueError, match="expected the keys of one of the families"):
         load_vae(tmp_path / "unet.ckpt")
 
 

@@ -20,6 +20,7 @@ from tests.fuzz.peak_memory import PeakMemory
 
 WINDOWS = WindowPolicy(frames=9, fps=10, tail="pad")
 RESIZE = ResizePolicy(buckets=((32, 32), (32, 64)))
+LENGTHS = (1, 5, 9)
 GOOD_EVERY = 20
 SLACK = 1 << 30
 """What a child may allocate between two looks at it, five a second."""
@@ -90,12 +91,12 @@ def check(key: str, lines: list[tuple]) -> str:
 
 def sweep(small_clips: dict[str, bytes], numbers: list[int], pool: DecodePool) -> Account:
     with PeakMemory() as peak:
-        lines = account(pool.decode(with_good_ones(small_clips, numbers), WINDOWS, RESIZE, 4))
+        lines = account(pool.decode(with_good_ones(small_clips, numbers), WINDOWS, RESIZE, LENGTHS))
     assert {f"seed {seed}" for seed in numbers} <= lines.keys(), "every clip has an end"
     ends = Counter(check(key, line) for key, line in lines.items() if key.startswith("seed"))
     tell(numbers, "clips", dict(ends))
     assert ends.total() == len(numbers)
-    (good,) = account(pool.decode(iter([clip("good", small_clips["plain.mp4"])]), WINDOWS, RESIZE, 4)).values()
+    (good,) = account(pool.decode(iter([clip("good", small_clips["plain.mp4"])]), WINDOWS, RESIZE, LENGTHS)).values()
     assert check("good", good) == "encoded"
     for key in lines.keys() - {f"seed {seed}" for seed in numbers}:
         assert lines[key] == good, f"{key}: a whole clip came out otherwise"

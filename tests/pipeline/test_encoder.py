@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cvvae import SPECS, DiagonalGaussian, VideoVAE, seeded_vae
+from cvvae.od_vae import ODVAESpec
 from pipeline.encoder import StageClock, TileEncoder
 from pipeline.policies import EncodePolicy
 
@@ -51,6 +53,22 @@ def test_stacked_tiles_give_the_numbers_of_each_window_alone(vae: VideoVAE) -> N
         torch.testing.assert_close(results[number].logvar, alone.logvar, rtol=1e-4, atol=1e-4)
 
 
+def test_tiles_of_windows_that_are_cut_in_space_stay_apart() -> None:
+    """OD-VAE cuts in space what it cuts in time: the 9 frames of a short window are not those of a long one."""
+    spec = SPECS["od-vae-tiny"]
+    assert isinstance(spec, ODVAESpec)
+    vae = seeded_vae(replace(spec, tile_size=64, tile_overlap=0.25, tile_frames=8, decode_tile_frames=2), 5)
+    windows = [frames(length, 8, 64, seed=length) for length in (13, 9, 21, 9)]
+    encoder = TileEncoder(vae, EncodePolicy(batch_pixels=2 * 9 * 8 * 64), CPU)
+    results = encode_all(encoder, windows)
+    for number, window in enumerate(windows):
+        video = torch.from_numpy(window).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        with torch.no_grad():
+            alone = vae.encode(video)
+        torch.testing.assert_close(results[number].mean, alone.mean, rtol=1e-4, atol=1e-4)
+    assert encoder.clock.tiles == 2 + 1 + 3 + 1
+
+
 @settings(max_examples=8, deadline=None)
 @given(neighbours=st.lists(st.sampled_from([5, 17, 33]), max_size=3), seed=st.integers(0, 5))
 def test_neighbours_do_not_change_a_bit(vae: VideoVAE, neighbours: list[int], seed: int) -> None:
@@ -68,7 +86,12 @@ def test_one_batch_shape_per_tile_shape(vae: VideoVAE, monkeypatch: pytest.Monke
     encoder = TileEncoder(vae, EncodePolicy(batch_pixels=3 * TILE), CPU)
     seen: list[tuple[int, ...]] = []
     original = encoder.encode
-    monkeypatch.setattr(encoder, "encode", lambda batch, clock: (seen.append(batch.shape), original(batch, clock))[1])
+
+    def watched(batch: np.ndarray, clock: StageClock, **more: int) -> torch.Tensor:
+        seen.append(batch.shape)
+        return original(batch, clock, **more)
+
+    monkeypatch.setattr(encoder, "encode", watched)
     encode_all(encoder, [frames(n, 16, 16, seed=n) for n in (33, 49, 17, 17, 21)])
     assert set(seen) == {(3, 17, 16, 16, 3), (2, 5, 16, 16, 3)}
     assert encoder.clock.tiles == 2 + 3 + 1 + 1 + 2

@@ -19,6 +19,7 @@ from pipeline.windows import (
     plan_tail,
     sample,
     unused_frames,
+    valid_lengths,
     whole_windows,
 )
 
@@ -45,6 +46,10 @@ policies = st.builds(
     tail=st.sampled_from(["drop", "pad", "trim"]),
     min_tail_frames=st.integers(1, 5),
 )
+
+lengths_of_vaes = st.sampled_from([set(range(1, 60, stride)) for stride in (1, 2, 4)]) | st.sets(st.integers(1, 60))
+"""Of time strides, and of families with a rule of their own."""
+LENGTHS = tuple(range(1, 60, 4))
 
 
 def test_without_fps_every_frame_counts() -> None:
@@ -115,14 +120,15 @@ def test_placements_are_the_windows_that_hold_a_frame(index: int, policy: Window
     assert list(placements(index, policy)) == expected
 
 
-@given(st.integers(0, 60), policies, st.sampled_from([1, 2, 4]))
-def test_every_sampled_frame_is_counted_once(count: int, policy: WindowPolicy, time_stride: int) -> None:
+@given(st.integers(0, 60), policies, lengths_of_vaes)
+def test_every_sampled_frame_is_counted_once(count: int, policy: WindowPolicy, of_vae: set[int]) -> None:
+    lengths = valid_lengths(policy, of_vae.__contains__)
     windows = whole_windows(count, policy)
     if windows == policy.max_windows:  # decoding stops with the last frame of the last window
         count = (windows - 1) * policy.stride + policy.frames
     covered = {w * policy.stride + p for w in range(windows) for p in range(policy.frames)}
     assert not covered or max(covered) < count
-    tail = plan_tail(count, policy, time_stride)
+    tail = plan_tail(count, policy, lengths)
     start = windows * policy.stride
     covered |= set(range(start, start + tail.kept))
     assert len(covered) + tail.dropped + tail.trimmed + unused_frames(count, policy) == count
@@ -131,8 +137,9 @@ def test_every_sampled_frame_is_counted_once(count: int, policy: WindowPolicy, t
         assert policy.tail != "drop"
         assert count - start >= policy.min_tail_frames
         assert length <= policy.frames
-        assert length == policy.frames if policy.tail == "pad" else (length - 1) % time_stride == 0
-        assert tail.trimmed < time_stride or policy.tail == "pad"
+        assert length == policy.frames if policy.tail == "pad" else length in lengths
+        longer = range(tail.kept + 1, tail.kept + tail.trimmed + 1)
+        assert policy.tail == "pad" or not set(longer) & set(lengths)
         assert tail.dropped == 0
 
 
@@ -150,20 +157,30 @@ def test_every_sampled_frame_is_counted_once(count: int, policy: WindowPolicy, t
 )
 def test_tails_by_hand(tail: str, count: int, expected: Tail) -> None:
     policy = WindowPolicy.model_validate({"frames": 17, "tail": tail})
-    assert plan_tail(count, policy, 4) == expected
+    assert plan_tail(count, policy, LENGTHS) == expected
 
 
 def test_overlapping_tails_by_hand() -> None:
     """17 frames every 8: with 20 frames the next window would hold frames 8..19, of which 17..19 are new."""
     policy = WindowPolicy(frames=17, window_stride=8, tail="trim")
-    assert plan_tail(20, policy, 4) == Tail(dropped=3)  # frames 8..16 are all in the first window
-    assert plan_tail(21, policy, 4) == Tail(kept=13)
-    assert plan_tail(20, policy.model_copy(update={"tail": "pad"}), 4) == Tail(kept=12, padded=5)
-    assert plan_tail(17, policy, 4) == Tail()
+    assert plan_tail(20, policy, LENGTHS) == Tail(dropped=3)  # frames 8..16 are all in the first window
+    assert plan_tail(21, policy, LENGTHS) == Tail(kept=13)
+    assert plan_tail(20, policy.model_copy(update={"tail": "pad"}), LENGTHS) == Tail(kept=12, padded=5)
+    assert plan_tail(17, policy, LENGTHS) == Tail()
 
 
-def test_window_length_must_fit_the_time_stride() -> None:
-    check_window_length(WindowPolicy(frames=17), 4)
-    check_window_length(WindowPolicy(frames=1), 4)
-    with pytest.raises(ConfigError, match="the nearest are 13 and 17"):
-        check_window_length(WindowPolicy(frames=16), 4)
+def test_tails_of_a_vae_with_a_rule_of_its_own() -> None:
+    """Open-Sora's micro clips of 17 frames, without overlap: 18 is a length, 21 is none."""
+    policy = WindowPolicy(frames=34, tail="trim")
+    lengths = valid_lengths(policy, lambda number: number % 17 in (0, 1, 5, 9, 13))
+    assert lengths == (1, 5, 9, 13, 17, 18, 22, 26, 30, 34)
+    assert plan_tail(34 + 21, policy, lengths) == Tail(kept=18, trimmed=3)
+    assert plan_tail(4, policy, (5, 9, 34)) == Tail(dropped=4)
+    assert plan_tail(8 + 3, WindowPolicy(frames=5, window_stride=8, tail="trim"), (5,)) == Tail(dropped=3)
+
+
+def test_window_length_must_be_one_that_the_vae_takes() -> None:
+    check_window_length(WindowPolicy(frames=17), LENGTHS)
+    check_window_length(WindowPolicy(frames=1), LENGTHS)
+    with pytest.raises(ConfigError, match="got 16; the longest below is 13"):
+        check_window_length(WindowPolicy(frames=16), LENGTHS)

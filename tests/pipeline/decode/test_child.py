@@ -34,7 +34,9 @@ def test_without_decord_pyav_reads_alone(
     with DecodePool(DecodePolicy(), 1) as pool:
         assert [name.split("-")[0] for name in pool.decoders] == ["pyav"]
         assert "backend=decord" in caplog.text
-        *_, end = pool.decode(clips([real_clips["carphone_distorted.mp4"]]), WindowPolicy(), ResizePolicy(), 4)
+        *_, end = pool.decode(
+            clips([real_clips["carphone_distorted.mp4"]]), WindowPolicy(), ResizePolicy(), (1, 5, 9, 13, 17)
+        )
         assert isinstance(end, ClipDone)
         assert end.summary is not None
     with pytest.raises(ConfigError, match="none of the decode backends decord"):
@@ -62,7 +64,7 @@ def clips():
                    metadata={})
 
 pool = DecodePool(DecodePolicy(), 2)
-events = pool.decode(clips(), WindowPolicy(), ResizePolicy(), 4)
+events = pool.decode(clips(), WindowPolicy(), ResizePolicy(), (1, 5, 9, 13, 17))
 next(events)
 print(*pool.child_pids(), flush=True)
 for _ in events:

@@ -14,7 +14,7 @@ from pipeline.decode.frames import SourceFrame
 from pipeline.errors import ClipError, RejectionClass
 from pipeline.policies import ResizePolicy, WindowPolicy
 from pipeline.records import SourceVideo, Window
-from tests.awkward_clips import CODE_HEIGHT, CODE_WIDTH, ClipMaker, coded_frame, read_codes
+from tests.awkward_clips import CODE_HEIGHT, CODE_WIDTH, LENGTHS, ClipMaker, coded_frame, read_codes
 
 CODED = ResizePolicy(buckets=((CODE_HEIGHT, CODE_WIDTH),))
 
@@ -63,7 +63,7 @@ def collect(windows: Generator[DecodedWindow, None, ClipSummary]) -> tuple[list[
 
 
 def cut(source: CodedSource, policy: WindowPolicy) -> tuple[list[Window], ClipSummary]:
-    windows, summary = collect(cut_windows(source, policy, CODED, time_stride=4))
+    windows, summary = collect(cut_windows(source, policy, CODED, lengths=LENGTHS))
     for window in windows:
         assert tuple(read_codes(window.frames_THWC)) == window.frame_indices
         assert window.frame_times == tuple(number / source.rate for number in window.frame_indices)
@@ -158,7 +158,7 @@ def test_memory_does_not_grow_with_the_clip(maker: ClipMaker) -> None:
     peaks = []
     for limit in (3, None):
         windows = decode_clip(
-            str(path), "pyav", policy.model_copy(update={"max_windows": limit}), resize, time_stride=4
+            str(path), "pyav", policy.model_copy(update={"max_windows": limit}), resize, lengths=LENGTHS
         )
         count = sum(1 for window in windows if window.pixels.close() is None)
         peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
@@ -180,7 +180,7 @@ def test_files_end_to_end_by_content(maker: ClipMaker, backend: str) -> None:
         variable, "everything_edit.mp4", "-c", "copy", before=("-display_rotation", "90", "-ss", "0.8")
     )
     policy = WindowPolicy(frames=5, fps=8.0)
-    windows, summary = collect(decode_clip(str(path), backend, policy, CODED, time_stride=4))
+    windows, summary = collect(decode_clip(str(path), backend, policy, CODED, lengths=LENGTHS))
     shown = [n for n in range(120) if n % 3 == 0 or n % 5 == 0]
     start = 20
     expected = [max(n for n in shown if n <= start + k * 25 / 8 + 0.03) for k in range(32)]
@@ -197,7 +197,7 @@ def test_a_message_holds_a_window_exactly(real_clips: dict[str, Path]) -> None:
     import json
 
     clip = str(real_clips["no_face.mp4"])
-    windows = decode_clip(clip, "pyav", WindowPolicy(tail="pad"), ResizePolicy(), time_stride=4)
+    windows = decode_clip(clip, "pyav", WindowPolicy(tail="pad"), ResizePolicy(), lengths=LENGTHS)
     *_, last = windows
     again = DecodedWindow.from_message(json.loads(json.dumps(last.to_message())), last.pixels)
     assert again == last

@@ -19,7 +19,7 @@ from pipeline.decode.pool import ClipDone, ClipRetracted, DecodeEvent, DecodePoo
 from pipeline.errors import ConfigError, PipelineError
 from pipeline.policies import DecodePolicy, ResizePolicy, WindowPolicy
 from pipeline.records import Clip
-from tests.awkward_clips import CODE_HEIGHT, CODE_WIDTH, ClipMaker, clips, read_codes
+from tests.awkward_clips import CODE_HEIGHT, CODE_WIDTH, LENGTHS, ClipMaker, clips, read_codes
 
 SMALL = ResizePolicy(buckets=((64, 64),))
 CODED = ResizePolicy(buckets=((CODE_HEIGHT, CODE_WIDTH),))
@@ -66,8 +66,8 @@ def mixed(maker: ClipMaker, real_clips: dict[str, Path]) -> list[Path]:
 
 def test_events_do_not_depend_on_the_number_of_children(pool: DecodePool, mixed: list[Path]) -> None:
     with DecodePool(pool.policy, 1) as single:
-        alone = account(single.decode(clips(mixed), WindowPolicy(tail="trim"), SMALL, 4))
-    together = account(pool.decode(clips(mixed), WindowPolicy(tail="trim"), SMALL, 4))
+        alone = account(single.decode(clips(mixed), WindowPolicy(tail="trim"), SMALL, LENGTHS))
+    together = account(pool.decode(clips(mixed), WindowPolicy(tail="trim"), SMALL, LENGTHS))
     assert alone == together
     keys = [line[0] for line in together]
     assert keys == sorted(keys)
@@ -79,7 +79,7 @@ def test_events_do_not_depend_on_the_number_of_children(pool: DecodePool, mixed:
 
 
 def test_an_empty_shard_has_no_events(pool: DecodePool) -> None:
-    assert list(pool.decode(iter(()), WindowPolicy(), SMALL, 4)) == []
+    assert list(pool.decode(iter(()), WindowPolicy(), SMALL, LENGTHS)) == []
 
 
 def test_a_clips_blob_is_closed_at_its_end_and_little_is_read_ahead(pool: DecodePool, mixed: list[Path]) -> None:
@@ -91,7 +91,7 @@ def test_a_clips_blob_is_closed_at_its_end_and_little_is_read_ahead(pool: Decode
             yield one
 
     ended = 0
-    for event in pool.decode(watched(), WindowPolicy(), SMALL, 4):
+    for event in pool.decode(watched(), WindowPolicy(), SMALL, LENGTHS):
         assert len(taken) <= ended + 3  # two children and one more
         if isinstance(event, ClipDone):
             ended += 1
@@ -101,11 +101,11 @@ def test_a_clips_blob_is_closed_at_its_end_and_little_is_read_ahead(pool: Decode
 
 
 def test_two_shards_share_the_children(pool: DecodePool, mixed: list[Path]) -> None:
-    expected = account(pool.decode(clips(mixed), WindowPolicy(), SMALL, 4))
+    expected = account(pool.decode(clips(mixed), WindowPolicy(), SMALL, LENGTHS))
     results: dict[int, list[tuple]] = {}
 
     def run(number: int) -> None:
-        results[number] = account(pool.decode(clips(mixed), WindowPolicy(), SMALL, 4))
+        results[number] = account(pool.decode(clips(mixed), WindowPolicy(), SMALL, LENGTHS))
 
     threads = [threading.Thread(target=run, args=(number,)) for number in range(2)]
     for thread in threads:
@@ -119,7 +119,7 @@ def test_a_slow_consumer_holds_the_children_back(real_clips: dict[str, Path]) ->
     """Two windows wait, a third is being made: a child that waits for its consumer uses no time and no deadline."""
     policy = DecodePolicy(cpu_seconds=0.2, windows_in_flight=2)
     with DecodePool(policy, 1) as pool:
-        events = pool.decode(clips([real_clips["WolfgangLanger_Pexels.mp4"]]), WindowPolicy(frames=1), SMALL, 4)
+        events = pool.decode(clips([real_clips["WolfgangLanger_Pexels.mp4"]]), WindowPolicy(frames=1), SMALL, LENGTHS)
         first = next(events)
         assert isinstance(first, WindowReady)
         child = psutil.Process(pool.child_pids()[0])
@@ -139,13 +139,13 @@ def test_a_backend_that_cannot_is_followed_by_one_that_can(maker: ClipMaker, rea
     stream = maker.convert(real_clips["bikes.mp4"], "pool.ts", "-frames:v", "40", "-c:v", "libx264")
     with DecodePool(DecodePolicy(backends=("decord", "pyav")), 1) as pool:
         assert [name.split("-")[0] for name in pool.decoders] == ["decord", "pyav"]
-        events = list(pool.decode(clips([av1]), WindowPolicy(frames=9), CODED, 4))
+        events = list(pool.decode(clips([av1]), WindowPolicy(frames=9), CODED, LENGTHS))
         assert [type(event) for event in events] == [WindowReady, WindowReady, ClipDone]
         assert isinstance(events[1], WindowReady)
         assert read_codes(events[1].window.frames_THWC) == list(range(9, 18))
         assert events[1].window.source.decoder == pool.decoders[1]
 
-        events = list(pool.decode(clips([stream]), WindowPolicy(frames=1), SMALL, 4))
+        events = list(pool.decode(clips([stream]), WindowPolicy(frames=1), SMALL, LENGTHS))
         windows = [event for event in events if isinstance(event, WindowReady)]
         assert {window.window.source.decoder for window in windows} == {pool.decoders[1]}
         assert isinstance(events[-1], ClipDone)
@@ -156,7 +156,7 @@ def test_a_backend_that_cannot_is_followed_by_one_that_can(maker: ClipMaker, rea
 
 def test_pyav_hands_over_midway(pool: DecodePool, maker: ClipMaker) -> None:
     path = maker.coded(20, "pool_backwards.avi", "-c:v", "libx264", "-bf", "2", "-crf", "12", "-pix_fmt", "yuv420p")
-    events = list(pool.decode(clips([path]), WindowPolicy(frames=1), CODED, 4))
+    events = list(pool.decode(clips([path]), WindowPolicy(frames=1), CODED, LENGTHS))
     kinds = [type(event) for event in events]
     given = kinds.index(ClipRetracted)
     assert kinds == [WindowReady] * given + [ClipRetracted] + [WindowReady] * 20 + [ClipDone]
@@ -169,7 +169,7 @@ def test_pyav_hands_over_midway(pool: DecodePool, maker: ClipMaker) -> None:
 def test_the_first_backends_error_is_reported_with_the_others(pool: DecodePool, maker: ClipMaker) -> None:
     coded = maker.coded(5, "pool_coded.mp4")
     path = maker.convert(coded, "pool_tilted.mp4", "-c", "copy", before=("-display_rotation", "45"))
-    end = only_end(pool.decode(clips([path]), WindowPolicy(), CODED, 4))
+    end = only_end(pool.decode(clips([path]), WindowPolicy(), CODED, LENGTHS))
     assert end.rejection is not None
     assert end.rejection.error_class == "decode_failed"
     assert end.rejection.message.startswith("the display matrix is no quarter turn")
@@ -182,11 +182,11 @@ def test_a_killed_child_is_replaced_and_the_clip_tried_again(
     pool: DecodePool, real_clips: dict[str, Path], moment: str
 ) -> None:
     with DecodePool(pool.policy, 1) as mine:
-        list(mine.decode(clips([real_clips["carphone_distorted.mp4"]]), WindowPolicy(), SMALL, 4))
+        list(mine.decode(clips([real_clips["carphone_distorted.mp4"]]), WindowPolicy(), SMALL, LENGTHS))
         old = mine.child_pids()
         path = real_clips["single_face.mp4"]
-        expected = account(pool.decode(clips([path]), WindowPolicy(), SMALL, 4))
-        events = mine.decode(clips([path]), WindowPolicy(), SMALL, 4)
+        expected = account(pool.decode(clips([path]), WindowPolicy(), SMALL, LENGTHS))
+        events = mine.decode(clips([path]), WindowPolicy(), SMALL, LENGTHS)
         seen: list[DecodeEvent] = []
         if moment == "after a window":
             seen.append(next(events))
@@ -202,7 +202,7 @@ def test_a_killed_child_is_replaced_and_the_clip_tried_again(
 def test_a_clip_that_kills_two_children_is_refused_and_the_next_one_read(real_clips: dict[str, Path]) -> None:
     with DecodePool(DecodePolicy(windows_in_flight=1), 1) as pool:
         paths = [real_clips["bikes.mp4"], real_clips["carphone_distorted.mp4"]]
-        events = pool.decode(clips(paths), WindowPolicy(), SMALL, 4)
+        events = pool.decode(clips(paths), WindowPolicy(), SMALL, LENGTHS)
         kinds: list[str] = []
         killed: set[int] = set()
         for event in events:
@@ -224,12 +224,12 @@ def test_a_clip_that_kills_two_children_is_refused_and_the_next_one_read(real_cl
 def test_a_stopped_child_runs_into_the_wall_limit(pool: DecodePool, real_clips: dict[str, Path]) -> None:
     """It uses no CPU time; the fresh one reads the clip."""
     path = real_clips["carphone_distorted.mp4"]
-    expected = account(pool.decode(clips([path]), WindowPolicy(), SMALL, 4))
+    expected = account(pool.decode(clips([path]), WindowPolicy(), SMALL, LENGTHS))
     with DecodePool(DecodePolicy(cpu_seconds=0.2), 1) as mine:
         stopped = mine.child_pids()
         os.kill(stopped[0], signal.SIGSTOP)
         started = time.monotonic()
-        assert account(mine.decode(clips([path]), WindowPolicy(), SMALL, 4)) == expected
+        assert account(mine.decode(clips([path]), WindowPolicy(), SMALL, LENGTHS)) == expected
         assert time.monotonic() - started >= 2
         assert not psutil.pid_exists(stopped[0])
 
@@ -239,7 +239,7 @@ def test_a_clip_that_takes_too_long_is_refused_after_two_attempts(real_clips: di
     with DecodePool(DecodePolicy(cpu_seconds=0.05), 1) as pool:
         paths = [real_clips["WolfgangLanger_Pexels.mp4"], real_clips["carphone_distorted.mp4"]]
         first = pool.child_pids()
-        events = list(pool.decode(clips(paths), WindowPolicy(frames=469), SMALL, 4))
+        events = list(pool.decode(clips(paths), WindowPolicy(frames=469), SMALL, LENGTHS))
         end = events[0]
         assert isinstance(end, ClipDone)
         assert end.rejection is not None
@@ -258,7 +258,7 @@ def test_a_clip_that_needs_too_much_memory_is_refused(maker: ClipMaker) -> None:
         *("-refs", "6", "-bf", "2", "-pix_fmt", "yuv420p"),
     )
     with DecodePool(DecodePolicy(memory_mb=200), 1) as pool:
-        end = only_end(pool.decode(clips([path]), WindowPolicy(frames=13), SMALL, 4))
+        end = only_end(pool.decode(clips([path]), WindowPolicy(frames=13), SMALL, LENGTHS))
     assert end.rejection is not None
     assert end.rejection.error_class == "out_of_memory"
     assert end.rejection.message == "the decode child needs more than 200 MB (2 attempts)"
@@ -272,7 +272,7 @@ def test_an_abandoned_call_frees_the_children(pool: DecodePool, mixed: list[Path
             taken.append(one)
             yield one
 
-    events = pool.decode(watched(), WindowPolicy(frames=1), SMALL, 4)
+    events = pool.decode(watched(), WindowPolicy(frames=1), SMALL, LENGTHS)
     assert len(list(islice(events, 3))) == 3
     started = time.monotonic()
     assert hasattr(events, "close")
@@ -281,13 +281,13 @@ def test_an_abandoned_call_frees_the_children(pool: DecodePool, mixed: list[Path
     for one in taken:
         with pytest.raises(ValueError, match="closed"):
             _ = one.video.fd
-    assert account(pool.decode(clips(mixed[-1:]), WindowPolicy(), SMALL, 4))[-1][2] is None
+    assert account(pool.decode(clips(mixed[-1:]), WindowPolicy(), SMALL, LENGTHS))[-1][2] is None
 
 
 def test_leaving_does_not_wait_for_others(mixed: list[Path]) -> None:
     """The only child is held by a call whose consumer takes nothing; another call, still in the queue, is left."""
     with DecodePool(DecodePolicy(), 1) as pool:
-        first = pool.decode(clips(mixed[:1]), WindowPolicy(frames=1), SMALL, 4)
+        first = pool.decode(clips(mixed[:1]), WindowPolicy(frames=1), SMALL, LENGTHS)
         next(first)
         failures = []
 
@@ -297,7 +297,7 @@ def test_leaving_does_not_wait_for_others(mixed: list[Path]) -> None:
                 raise OSError("the store went away")
 
             try:
-                list(pool.decode(broken(), WindowPolicy(), SMALL, 4))
+                list(pool.decode(broken(), WindowPolicy(), SMALL, LENGTHS))
             except OSError as error:
                 failures.append(error)
 
@@ -311,7 +311,7 @@ def test_leaving_does_not_wait_for_others(mixed: list[Path]) -> None:
 def test_damaged_clips_write_nothing_on_our_stderr(
     pool: DecodePool, mixed: list[Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    list(pool.decode(clips(mixed[:3]), WindowPolicy(), SMALL, 4))
+    list(pool.decode(clips(mixed[:3]), WindowPolicy(), SMALL, LENGTHS))
     assert capfd.readouterr() == ("", "")
 
 
@@ -321,13 +321,13 @@ def test_a_source_that_breaks_is_heard(pool: DecodePool, mixed: list[Path]) -> N
         raise OSError("the store went away")
 
     with pytest.raises(OSError, match="went away"):
-        list(pool.decode(broken(), WindowPolicy(), SMALL, 4))
-    assert account(pool.decode(clips(mixed[-1:]), WindowPolicy(), SMALL, 4))[-1][2] is None
+        list(pool.decode(broken(), WindowPolicy(), SMALL, LENGTHS))
+    assert account(pool.decode(clips(mixed[-1:]), WindowPolicy(), SMALL, LENGTHS))[-1][2] is None
 
 
 def test_closing_the_pool_ends_what_runs(real_clips: dict[str, Path]) -> None:
     pool = DecodePool(DecodePolicy(), 1)
-    events = pool.decode(clips([real_clips["bikes.mp4"]] * 3), WindowPolicy(frames=1), SMALL, 4)
+    events = pool.decode(clips([real_clips["bikes.mp4"]] * 3), WindowPolicy(frames=1), SMALL, LENGTHS)
     next(events)
     pids = pool.child_pids()
     pool.close()
@@ -336,14 +336,14 @@ def test_closing_the_pool_ends_what_runs(real_clips: dict[str, Path]) -> None:
     assert not any(psutil.pid_exists(pid) for pid in pids)
     assert pool.child_pids() == []
     with pytest.raises(PipelineError, match="closed"):
-        list(pool.decode(clips([real_clips["bikes.mp4"]]), WindowPolicy(), SMALL, 4))
+        list(pool.decode(clips([real_clips["bikes.mp4"]]), WindowPolicy(), SMALL, LENGTHS))
     pool.close()
 
 
 def test_windows_outlive_the_pool_and_leave_no_descriptor(real_clips: dict[str, Path]) -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
     with DecodePool(DecodePolicy(), 1) as pool:
-        events = list(pool.decode(clips([real_clips["carphone_pristine.mp4"]]), WindowPolicy(), SMALL, 4))
+        events = list(pool.decode(clips([real_clips["carphone_pristine.mp4"]]), WindowPolicy(), SMALL, LENGTHS))
     windows = [event.window for event in events if isinstance(event, WindowReady)]
     assert len(windows) == 7
     assert all(window.frames_THWC.std() > 10 for window in windows)
@@ -353,7 +353,7 @@ def test_windows_outlive_the_pool_and_leave_no_descriptor(real_clips: dict[str, 
 
 
 def test_impossible_settings_are_refused_before_anything_runs(pool: DecodePool) -> None:
-    with pytest.raises(ConfigError, match="1 \\+ k \\* 4"):
-        pool.decode(iter(()), WindowPolicy(frames=16), SMALL, 4)
+    with pytest.raises(ConfigError, match="a length that the VAE takes, got 16; the longest below is 13"):
+        pool.decode(iter(()), WindowPolicy(frames=16), SMALL, LENGTHS)
     with pytest.raises(ConfigError, match="at least 1 child"):
         DecodePool(DecodePolicy(), 0)

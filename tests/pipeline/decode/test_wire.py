@@ -60,7 +60,7 @@ def test_a_job_survives_the_trip(ends: tuple[Channel, Channel]) -> None:
         backends=("decord", "pyav"),
         windows=WindowPolicy(frames=9, fps=12.5, tail="trim"),
         resize=ResizePolicy(buckets=((256, 256), (128, 448)), filter="lanczos"),
-        time_stride=4,
+        lengths=(1, 5, 9),
         threads=2,
         windows_in_flight=3,
     )
@@ -70,4 +70,4 @@ def test_a_job_survives_the_trip(ends: tuple[Channel, Channel]) -> None:
     assert received.windows == job.windows
     assert received.resize == job.resize
     assert tuple(received.backends) == job.backends
-    assert (received.number, received.time_stride, received.threads, received.windows_in_flight) == (7, 4, 2, 3)
+    assert (received.number, received.lengths, received.threads, received.windows_in_flight) == (7, (1, 5, 9), 2, 3)

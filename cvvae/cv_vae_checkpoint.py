@@ -1,4 +1,4 @@
-"""Which `VAESpec` a checkpoint is: from the authors' config.json, or from the keys and shapes of its tensors.
+"""Which `CVVAESpec` a checkpoint is: from the authors' config.json, or from the keys and shapes of its tensors.
 
 Never from file names. A config that asks for something this code would silently do differently is refused, and so is
 a field nobody here has heard of: it might decide numbers.
@@ -11,8 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cvvae.cv_vae import LAYOUTS
-from cvvae.spec import SPECS, VAESpec
+from cvvae.cv_vae import CVVAE_SPECS, LAYOUTS, CVVAESpec
 
 CLASS_NAMES: dict[str, str] = {"CVVAEModel": "cvvae-sd21", "CVVAESD3Model": "cvvae-sd3"}
 
@@ -68,7 +67,7 @@ _WRITTEN_IF_UNUSUAL: dict[str, tuple[str, ...]] = {
 _SD3_BLOCK_TYPES = {"down_block_types": "DownEncoderBlock3D", "up_block_types": "UpDecoderBlock3D"}
 
 
-def spec_from_config(config: Mapping[str, Any], *, where: str) -> VAESpec:
+def spec_from_config(config: Mapping[str, Any], *, where: str) -> CVVAESpec:
     """The spec an authors' config.json describes; absent fields have the constructor's defaults.
 
     ValueError naming the field, what was expected and what the file at `where` has.
@@ -76,7 +75,7 @@ def spec_from_config(config: Mapping[str, Any], *, where: str) -> VAESpec:
     class_name = config.get("_class_name")
     if class_name not in CLASS_NAMES:
         raise ValueError(f"{where}: _class_name: expected one of {sorted(CLASS_NAMES)}, got {class_name!r}")
-    base = SPECS[CLASS_NAMES[class_name]]
+    base = CVVAE_SPECS[CLASS_NAMES[class_name]]
     known = {**_FIELDS[class_name], **_FIXED[class_name], **_IGNORED[class_name]}
     values: dict[str, Any] = {"widths": _widths_from_config(class_name, config, base, where=where)}
     for field, value in config.items():
@@ -102,7 +101,9 @@ _WIDTH_FIELDS: dict[str, tuple[str, ...]] = {
 }
 
 
-def _widths_from_config(class_name: str, config: Mapping[str, Any], base: VAESpec, *, where: str) -> tuple[int, ...]:
+def _widths_from_config(
+    class_name: str, config: Mapping[str, Any], base: CVVAESpec, *, where: str
+) -> tuple[int, ...]:
     field, listed = "block_out_channels", config.get("block_out_channels", list(base.widths))
     width = 1
     if class_name == "CVVAEModel":
@@ -118,7 +119,7 @@ def _widths_from_config(class_name: str, config: Mapping[str, Any], base: VAESpe
     return tuple(width * item for item in listed)
 
 
-def _check_types(values: Mapping[str, Any], base: VAESpec, *, where: str) -> None:
+def _check_types(values: Mapping[str, Any], base: CVVAESpec, *, where: str) -> None:
     for field, value in values.items():
         default = getattr(base, field)
         may_be_none = field in ("tile_frames", "tile_size") and value is None
@@ -128,12 +129,12 @@ def _check_types(values: Mapping[str, Any], base: VAESpec, *, where: str) -> Non
             raise ValueError(f"{where}: {field}: expected a {type(default).__name__}, got {value!r}")
 
 
-def config_from_spec(spec: VAESpec) -> dict[str, Any]:
+def config_from_spec(spec: CVVAESpec) -> dict[str, Any]:
     """The authors' config.json of a spec: what `spec_from_config` reads back as the same spec, keys sorted."""
     class_name = next((name for name, family in CLASS_NAMES.items() if family == spec.family), None)
     if class_name is None:
         raise ValueError(f"family: expected one of {sorted(CLASS_NAMES.values())}, got {spec.family!r}")
-    usual = SPECS[spec.family]
+    usual = CVVAE_SPECS[spec.family]
     config: dict[str, Any] = {"_class_name": class_name, **_IGNORED[class_name]}
     config.update({field: choices[0] for field, choices in _FIXED[class_name].items()})
     for config_field, spec_field in _FIELDS[class_name].items():
@@ -152,19 +153,24 @@ def config_from_spec(spec: VAESpec) -> dict[str, Any]:
     return dict(sorted(config.items()))
 
 
-def spec_from_tensors(tensors: Mapping[str, Tensor], *, where: str) -> VAESpec:
+def recognises(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the keys are those of one of the two layouts."""
+    return len(_families(tensors)) == 1
+
+
+def _families(tensors: Mapping[str, Tensor]) -> list[str]:
+    """A 3-D first convolution under either layout's name: image VAEs have the names, too."""
+    firsts = {name: f"encoder.{kind.down.format(level=0, block=0)}.conv1.weight" for name, kind in LAYOUTS.items()}
+    return [name for name, key in firsts.items() if key in tensors and tensors[key].ndim == 5]
+
+
+def spec_from_tensors(tensors: Mapping[str, Tensor], *, where: str) -> CVVAESpec:
     """The spec whose encoder.*/decoder.* keys these are. What shapes cannot say (tiles, scale) is the family's own.
 
-    ValueError if the keys are those of neither layout.
+    ValueError if something is missing without which that cannot be told.
     """
-    first = "encoder.{}.conv1.weight"
-    families = [name for name, kind in LAYOUTS.items() if first.format(kind.down.format(level=0, block=0)) in tensors]
-    if len(families) != 1:
-        raise ValueError(
-            f"{where}: expected the keys of a CV-VAE (encoder.down.0.* or encoder.down_blocks.0.*), "
-            f"got {len(tensors)} keys such as {sorted(tensors)[:3]}"
-        )
-
+    families = _families(tensors)
+    assert len(families) == 1, "only recognised tensors come here"
     family = families[0]
     layout = LAYOUTS[family]
 
@@ -177,7 +183,7 @@ def spec_from_tensors(tensors: Mapping[str, Tensor], *, where: str) -> VAESpec:
     first_convs = ["encoder." + layout.down.format(level=level, block=0) for level in range(num_levels)]
     upsamplers = re.compile(re.escape("decoder." + layout.upsample + ".conv.weight").replace(r"\{level\}", r"\d+"))
     doubling = [key for key in tensors if upsamplers.fullmatch(key) and shape(key)[0] == 2 * shape(key)[1]]
-    base = SPECS[family]
+    base = CVVAE_SPECS[family]
     try:
         spec = replace(
             base,
@@ -202,9 +208,9 @@ def _count(tensors: Mapping[str, Tensor], pattern: str) -> int:
     return number
 
 
-def named(spec: VAESpec) -> VAESpec:
+def named(spec: CVVAESpec) -> CVVAESpec:
     """The spec under the name it has in SPECS, or under its family's with '-custom' if it is none of those."""
-    for known in SPECS.values():
+    for known in CVVAE_SPECS.values():
         if replace(spec, name=known.name) == known:
             return known
     return replace(spec, name=f"{spec.family}-custom")
