@@ -272,8 +272,9 @@ def run_shards(
     )
     with _polling(monitor, on_progress):
         try:
-            for row in rows.iter_rows():
-                yield _OUTCOME.validate_json(row["outcome"])
+            # nothing prefetched: every outcome, and so its receipt, would be held back until the next one is there
+            for batch in rows.iter_batches(batch_size=None, prefetch_batches=0):
+                yield from (_OUTCOME.validate_json(outcome) for outcome in batch["outcome"])
         except (RayError, ExecutionTimeoutError) as error:
             last = str(error).strip().splitlines()[-1:] or [type(error).__name__]
             raise PipelineError(
