@@ -22,8 +22,9 @@ from cvvae.vae import StreamState
 
 NORM_EPS = 1e-12
 """The smallest length that a vector is divided by."""
-NORM_BLOCK = 2**16
-"""Values that a CPU normalises at once: a few copies of them fit into its second-level cache."""
+NORM_BLOCK = 2**20
+"""Values that a CPU normalises at once: few enough for its cache, many enough that its threads rarely wait for each
+other, which takes very long on a busy machine."""
 
 
 class Stream:

@@ -5,7 +5,8 @@
 
 Same seeded weights, one clip of smooth random video. The variants of a round run one after another, so that a noisy
 machine is noisy for all; ratios are medians over the rounds of CPU seconds, which others on the machine disturb
-least. bf16 is measured where the CPU computes in it.
+least. On a busy machine set OMP_WAIT_POLICY=PASSIVE, or threads that wait for each other are what is measured. bf16
+is measured where the CPU computes in it.
 """
 
 from __future__ import annotations
