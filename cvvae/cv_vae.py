@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from cvvae.fast_conv import FastConv3d
@@ -165,10 +164,10 @@ class CVVAE(VideoVAE):
         self.decoder = NamedSequence(_decoder_blocks(spec, layout, halves_time))
 
     def _encode_moments(self, tile_BCTHW: Tensor) -> Tensor:
-        return self.encoder(tile_BCTHW.contiguous(memory_format=torch.channels_last_3d))
+        return self.encoder(tile_BCTHW.contiguous(memory_format=self.memory_format))
 
     def _decode_pixels(self, latent_BCTHW: Tensor) -> Tensor:
-        return self.decoder(latent_BCTHW.contiguous(memory_format=torch.channels_last_3d))
+        return self.decoder(latent_BCTHW.contiguous(memory_format=self.memory_format))
 
 
 def levels_that_halve_time(spec: CVVAESpec) -> tuple[bool, ...]:

@@ -231,7 +231,7 @@ class IVVAE(VideoVAE):
 
     def _encode_step(self, chunk_BCTHW: Tensor, state: StreamState | None) -> tuple[Tensor, StreamState]:
         stream = Stream(state)
-        x = self.encoder(chunk_BCTHW.contiguous(memory_format=torch.channels_last_3d), stream)
+        x = self.encoder(chunk_BCTHW.contiguous(memory_format=self.memory_format), stream)
         moments = self.conv1(x)
         if self.num_branches == 2:  # each branch answers with its own mean and logvar
             mean_2d, logvar_2d, mean_3d, logvar_3d = moments.chunk(4, dim=1)
@@ -240,7 +240,7 @@ class IVVAE(VideoVAE):
 
     def _decode_step(self, latent_BCTHW: Tensor, state: StreamState | None) -> tuple[Tensor, StreamState]:
         stream = Stream(state)
-        x = self.conv2(latent_BCTHW.contiguous(memory_format=torch.channels_last_3d))
+        x = self.conv2(latent_BCTHW.contiguous(memory_format=self.memory_format))
         pixels = self.decoder(x, stream)
         if self.num_branches == 2:
             pixels = _compose(*pixels.chunk(2, dim=1), group=self.spec.time_stride)

@@ -151,10 +151,10 @@ class ODVAE(VideoVAE):
         self.decoder = NamedSequence(_decoder_blocks(spec))
 
     def _encode_moments(self, tile_BCTHW: Tensor) -> Tensor:
-        return self.quant_conv(self.encoder(tile_BCTHW.contiguous(memory_format=torch.channels_last_3d)))
+        return self.quant_conv(self.encoder(tile_BCTHW.contiguous(memory_format=self.memory_format)))
 
     def _decode_pixels(self, latent_BCTHW: Tensor) -> Tensor:
-        latent_BCTHW = latent_BCTHW.contiguous(memory_format=torch.channels_last_3d)
+        latent_BCTHW = latent_BCTHW.contiguous(memory_format=self.memory_format)
         return self.decoder(self.post_quant_conv(latent_BCTHW))
 
 

@@ -160,7 +160,8 @@ class OpenSoraVAE(VideoVAE):
         self.temporal_vae = TemporalVAE(spec)
 
     def _encode_moments(self, tile_BCTHW: Tensor) -> Tensor:
-        return self.temporal_vae.encode(self.encode_frames(tile_BCTHW))
+        frames_BCTHW = self.encode_frames(tile_BCTHW)
+        return self.temporal_vae.encode(frames_BCTHW.contiguous(memory_format=self.memory_format))
 
     def _decode_pixels(self, latent_BCTHW: Tensor) -> Tensor:
         return self.decode_clip(latent_BCTHW, num_frames=1 + (latent_BCTHW.shape[2] - 1) * self.spec.time_stride)
@@ -168,7 +169,7 @@ class OpenSoraVAE(VideoVAE):
     def encode_frames(self, video_BCTHW: Tensor) -> Tensor:
         """The spatial stage: scaled means (B, C, T, h, w) of the image VAE, each frame on its own."""
         channels = self.spec.latent_channels
-        video_BCTHW = video_BCTHW.contiguous(memory_format=torch.channels_last_3d)
+        video_BCTHW = video_BCTHW.contiguous(memory_format=self.memory_format)
         return _frame_by_frame(
             lambda frames: SPATIAL_SCALE * self._image_vae.encode(frames)[:, :channels],
             video_BCTHW,
@@ -187,6 +188,7 @@ class OpenSoraVAE(VideoVAE):
                 f"latent_BCTHW: expected {-(-num_frames // stride)} latent frames for num_frames={num_frames}, "
                 f"got {latent_BCTHW.shape[2]}"
             )
+        latent_BCTHW = latent_BCTHW.contiguous(memory_format=self.memory_format)
         frames_BCTHW = self.temporal_vae.decode(latent_BCTHW)[:, :, -num_frames:]
         positions = frames_BCTHW.shape[-2] * frames_BCTHW.shape[-1]
         return _frame_by_frame(
@@ -225,11 +227,10 @@ class TemporalVAE(nn.Module):
         """Moments (B, 2C, ceil(T / 4), h, w) of one clip, padded in front with frames of zeros: not black pixels."""
         missing = -frames_BCTHW.shape[2] % self.time_stride
         padded = F.pad(frames_BCTHW, (0, 0, 0, 0, missing, 0))
-        return self.quant_conv(self.encoder(padded.contiguous(memory_format=torch.channels_last_3d)))
+        return self.quant_conv(self.encoder(padded))
 
     def decode(self, latent_BCTHW: Tensor) -> Tensor:
         """(B, C, 4t, h, w): the frames that stand for the padding come first."""
-        latent_BCTHW = latent_BCTHW.contiguous(memory_format=torch.channels_last_3d)
         return self.decoder(self.post_quant_conv(latent_BCTHW))
 
 

@@ -32,6 +32,7 @@ class VideoVAE(nn.Module):
         super().__init__()
         self.spec = spec
         self.weights_sha256: str | None = None
+        self.memory_format = torch.channels_last_3d
 
     # --- what a model implements -------------------------------------------------------------------------------
 
@@ -177,12 +178,15 @@ class VideoVAE(nn.Module):
         if x.dtype != self.dtype:
             raise ValueError(f"{name}: expected the model's dtype {self.dtype}, got {x.dtype}; convert with .to()")
 
-    def use_channels_last(self) -> Self:
-        """Stores convolution kernels channels-last. The models' activations are, and the kernels should follow.
+    def use_memory_format(self, memory_format: torch.memory_format) -> Self:
+        """Sets the layout of activations and convolution kernels: `torch.channels_last_3d`, in which models are
+        built, or `torch.contiguous_format`. The same numbers up to rounding, at another speed.
 
         `Module.to(memory_format=torch.channels_last_3d)` cannot: it refuses the 4-D kernels of 2-D convolutions.
         """
-        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+        self.memory_format = memory_format
+        channels_last = memory_format is torch.channels_last_3d
+        formats = {4: torch.channels_last if channels_last else memory_format, 5: memory_format}
         for parameter in self.parameters():
             if parameter.ndim in formats:
                 parameter.data = parameter.data.contiguous(memory_format=formats[parameter.ndim])

@@ -59,12 +59,12 @@ def load_vae(
     converted = {key: tensors.pop(key).to(device=device, dtype=dtype) for key in vae.state_dict()}
     vae.load_state_dict(converted, assign=True)
     vae.weights_sha256 = digest
-    return vae.use_channels_last().eval()
+    return vae.use_memory_format(torch.channels_last_3d).eval()
 
 
 def build_vae(spec: VAESpec) -> VideoVAE:
     """A model of that spec with PyTorch's random initialisation (global generator), on the CPU in fp32, eval mode."""
-    return _construct(spec).use_channels_last().eval()
+    return _construct(spec).use_memory_format(torch.channels_last_3d).eval()
 
 
 def seeded_vae(spec: VAESpec, seed: int) -> VideoVAE:
@@ -77,7 +77,7 @@ def seeded_vae(spec: VAESpec, seed: int) -> VideoVAE:
     values = {key: _seeded_tensor(key, tuple(like.shape), seed) for key, like in vae.state_dict().items()}
     vae.load_state_dict(values, assign=True)
     vae.weights_sha256 = weights_sha256(vae)
-    return vae.use_channels_last().eval()
+    return vae.use_memory_format(torch.channels_last_3d).eval()
 
 
 def save_vae(vae: VideoVAE, directory: str | os.PathLike[str]) -> Path:

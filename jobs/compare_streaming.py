@@ -174,7 +174,7 @@ def _planned(vae: VideoVAE, way: Way) -> VideoVAE:
     with torch.device("meta"):
         planned = build_vae(spec)
     planned.load_state_dict(vae.state_dict(), assign=True)
-    return planned.use_channels_last()
+    return planned.use_memory_format(torch.channels_last_3d)
 
 
 def _timed_run(vae: VideoVAE, way: Way, video_BCTHW: Tensor, file: Path) -> Figures:

@@ -101,8 +101,7 @@ class TileEncoder:
         self.clock = EncodeClock()
         self._memory_format = _memory_format(policy)
         self._vae = vae.eval().requires_grad_(False).to(device=device, dtype=DTYPES[policy.dtype])
-        if self._memory_format is torch.channels_last_3d:
-            self._vae.use_channels_last()
+        self._vae.use_memory_format(self._memory_format)
         self._encode_tile = torch.compile(vae.encode_tile) if policy.compile else vae.encode_tile
         self._thread = ThreadPoolExecutor(1, "encode", initializer=make_deterministic, initargs=(threads,))
         if policy.dtype != "float32":

@@ -159,7 +159,7 @@ class EncodePolicy(Policy):
     """Frames x height x width of one batch: as many tiles of a bucket as fit are stacked, at least one. The default
     suits a CPU; a large GPU takes sixteen times as much."""
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
-    """Memory layout of the VAE's activations; auto is channels_last."""
+    """Memory layout of the VAE's activations and kernels; auto is channels_last."""
     compile: bool = False
     """torch.compile the tile encoder; one shape per bucket."""
     threads: Annotated[int, Field(ge=1)] | None = None

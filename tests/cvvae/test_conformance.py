@@ -114,6 +114,17 @@ def test_a_tile_longer_than_the_plan_is_refused(name):
         vae.encode_tile(noise(spec, long_length(spec)))
 
 
+def test_the_memory_format_is_used_and_changes_no_number(vae):
+    contiguous = seeded_vae(vae.spec, seed=17).use_memory_format(torch.contiguous_format)
+    layouts = {parameter.is_contiguous() for parameter in contiguous.parameters()}
+    assert layouts == {True}
+    video = noise(vae.spec, short_length(vae.spec))
+    expected, got = encoded(vae, video), encoded(contiguous, video)
+    assert_equal_to_rounding(got.mean, expected.mean)
+    with torch.inference_mode():
+        assert_equal_to_rounding(contiguous.decode(expected.mean), vae.decode(expected.mean))
+
+
 def test_twice_is_bitwise_equal(vae):
     video = noise(vae.spec, long_length(vae.spec))
     first, again = encoded(vae, video), encoded(vae, video.clone())
