@@ -13,6 +13,9 @@ import os
 import tempfile
 from types import TracebackType
 
+_AT_ONCE = getattr(mmap, "MAP_POPULATE", 0)
+"""Pages are mapped in one go where the system can: one fault per page costs a third more for a window."""
+
 
 class Blob:
     """An anonymous, file-backed run of bytes. Closing it twice is allowed; collected blobs close themselves."""
@@ -59,7 +62,8 @@ class Blob:
 
     def map(self, *, writable: bool = False) -> mmap.mmap:
         """Map all of it; the mapping outlives the blob."""
-        return mmap.mmap(self.fd, self.size, access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ)
+        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        return mmap.mmap(self.fd, self.size, flags=mmap.MAP_SHARED | _AT_ONCE, prot=protection)
 
     def resize(self, size: int) -> None:
         os.ftruncate(self.fd, size)
