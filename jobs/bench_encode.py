@@ -1,4 +1,4 @@
-"""How fast the encoder alone is: this project's against the plain transcription of the authors' in plain_cv_vae.py.
+"""How fast the encoder alone is: each family's against the plain transcription of its authors' (jobs/plain_*.py).
 
     python jobs/bench_encode.py
     python jobs/bench_encode.py --spec cvvae-sd21 --frames 17 --size 128 --rounds 5
@@ -28,8 +28,7 @@ import torch
 import typer
 from torch import Tensor
 
-from cvvae import SPECS, VideoVAE, build_vae, seeded_vae
-from cvvae.cv_vae import CVVAE
+from cvvae import SPECS, VAESpec, VideoVAE, build_vae, seeded_vae
 from jobs.bench_report import (
     BenchTable,
     has_fast_bf16,
@@ -38,13 +37,16 @@ from jobs.bench_report import (
     peak_rss_mib,
     ratio_text,
     reset_peak_rss,
+    return_free_memory,
     rss_mib,
 )
 from jobs.measure_precision import difference, smooth_video
-from jobs.plain_cv_vae import PlainCVVAE
+from jobs.plain_vae import PlainDecoder, plain_vae
 
 GOLDEN_RMS, GOLDEN_MAX = 1e-5, 2e-4
 """Largest relative RMS and difference of fp32 moments that count as the same numbers: as in the golden tests."""
+
+RELEASED = ("cvvae-sd21", "cvvae-sd3", "ivvae-z4-dim64", "od-vae", "open-sora-1.2")
 
 Runner = Callable[[Tensor], Tensor]
 
@@ -76,7 +78,7 @@ BF16 = (
 
 
 def bench_encode(
-    spec: Annotated[list[str] | None, typer.Option(help="Named specs; default: both released models.")] = None,
+    spec: Annotated[list[str] | None, typer.Option(help=f"Named specs; default: {', '.join(RELEASED)}.")] = None,
     frames: Annotated[int, typer.Option(min=1)] = 17,
     size: Annotated[int, typer.Option(min=16, help="Height and width.")] = 128,
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 3,
@@ -90,26 +92,34 @@ def bench_encode(
     if not has_fast_bf16():
         print("This CPU has no bf16 arithmetic: bf16 is not measured.")
     video_BCTHW = smooth_video(frames, size, size, seed=0)
-    for name in spec or ("cvvae-sd21", "cvvae-sd3"):
-        print(encode_table(name, video_BCTHW, variants, rounds), flush=True)
-        print(decode_table(name, frames, size // 2), flush=True)
+    for named in [spec_named(name) for name in spec or RELEASED]:
+        print(encode_table(named, video_BCTHW, variants, rounds), flush=True)
+        if (table := decode_table(named, frames, size // 2)) is not None:
+            print(table, flush=True)
 
 
-def encode_table(name: str, video_BCTHW: Tensor, variants: tuple[Variant, ...], rounds: int) -> BenchTable:
+def spec_named(name: str) -> VAESpec:
+    """typer.BadParameter for a name that is not known."""
+    if name not in SPECS:
+        raise typer.BadParameter(f"--spec: expected one of {', '.join(sorted(SPECS))}, got {name!r}")
+    return SPECS[name]
+
+
+def encode_table(spec: VAESpec, video_BCTHW: Tensor, variants: tuple[Variant, ...], rounds: int) -> BenchTable:
     """The table of one model: a row per variant."""
     _, _, frames, height, width = video_BCTHW.shape
     table = BenchTable(
-        f"encode, {name}, {frames} x {height} x {width}, {rounds} rounds",
+        f"encode, {spec.name}, {frames} x {height} x {width}, {rounds} rounds",
         ("code", "dtype", "layout", "s", "times as fast", "relative RMS", "largest diff.", "golden", "peak MiB"),
         labels=3,
     )
-    seconds, moments = _measure(name, video_BCTHW, variants, rounds)
+    seconds, moments = _measure(spec, video_BCTHW, variants, rounds)
     for variant in variants:
         row = [variant.code, variant.dtype, variant.layout, f"{statistics.median(seconds[variant]):.2f}"]
         row.append(ratio_text(seconds[PLAIN], seconds[variant]))
         relative, largest = difference(moments[variant], moments[PLAIN])
         row += [f"{relative:.1e}", f"{largest:.1e}", _golden(variant, relative, largest)]
-        table.add(*row, mib_text(peak_memory(name, variant, video_BCTHW)))
+        table.add(*row, mib_text(peak_memory(spec, variant, video_BCTHW)))
     table.notes.append(
         "Deviation of the raw moments is from plain fp32. golden: the bounds of the golden tests "
         f"({GOLDEN_RMS:g} and {GOLDEN_MAX:g}). Peak MiB: resident memory of one call above the loaded model's."
@@ -124,14 +134,14 @@ def _golden(variant: Variant, relative: float, largest: float) -> str:
 
 
 def _measure(
-    name: str, video_BCTHW: Tensor, variants: tuple[Variant, ...], rounds: int
+    spec: VAESpec, video_BCTHW: Tensor, variants: tuple[Variant, ...], rounds: int
 ) -> tuple[dict[Variant, list[float]], dict[Variant, Tensor]]:
-    vae = _cv_vae(seeded_vae(SPECS[name], 0))
+    vae = seeded_vae(spec, 0)
     runners = {variant: _runner(vae, variant) for variant in variants}
     seconds: dict[Variant, list[float]] = {variant: [] for variant in variants}
     moments: dict[Variant, Tensor] = {}
     for run in runners.values():
-        run(video_BCTHW[..., :16, :16])  # loads code, starts threads
+        run(_small_part(video_BCTHW, spec))  # loads code, starts threads
     for _ in range(rounds):
         for variant, run in runners.items():
             started = time.perf_counter()
@@ -140,40 +150,39 @@ def _measure(
     return seconds, moments
 
 
-def _cv_vae(vae: VideoVAE) -> CVVAE:
-    assert isinstance(vae, CVVAE), "every named spec is a CV-VAE"
-    return vae
+def _small_part(video_BCTHW: Tensor, spec: VAESpec) -> Tensor:
+    side = 2 * spec.space_stride
+    return video_BCTHW[..., :side, :side]
 
 
-def _runner(vae: CVVAE, variant: Variant) -> Runner:
+def _runner(vae: VideoVAE, variant: Variant) -> Runner:
     """fp32 pixels to raw moments, with weights of its own."""
-    dtype, memory_format = variant.torch_dtype, variant.memory_format
-    encoder = copy.deepcopy(vae.encoder).to(dtype)
+    dtype = variant.torch_dtype
+    ours = copy.deepcopy(vae).to(dtype)
     if variant.code == "plain":
-        plain = PlainCVVAE(vae.spec, {f"encoder.{key}": value for key, value in encoder.state_dict().items()})
+        plain = plain_vae(vae.spec, ours.state_dict())
         return lambda video_BCTHW: plain.encode_tile(video_BCTHW.to(dtype))
-    if variant.layout == "contiguous":
-        for parameter in encoder.parameters():
-            parameter.data = parameter.data.contiguous()
+    ours.use_memory_format(variant.memory_format)
 
     @torch.inference_mode()
     def run(video_BCTHW: Tensor) -> Tensor:
-        return encoder(video_BCTHW.to(dtype=dtype, memory_format=memory_format))
+        return ours.encode_tile(video_BCTHW.to(dtype))
 
     return run
 
 
-def peak_memory(name: str, variant: Variant, video_BCTHW: Tensor) -> float | None:
+def peak_memory(spec: VAESpec, variant: Variant, video_BCTHW: Tensor) -> float | None:
     """MiB that one call takes at most, above the loaded model: in a new process. None where that is not known."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_in_this_process, (name, variant, tuple(video_BCTHW.shape), torch.get_num_threads()))
+        return pool.apply(_peak_in_this_process, (spec, variant, tuple(video_BCTHW.shape), torch.get_num_threads()))
 
 
-def _peak_in_this_process(name: str, variant: Variant, shape: tuple[int, ...], threads: int) -> float | None:
+def _peak_in_this_process(spec: VAESpec, variant: Variant, shape: tuple[int, ...], threads: int) -> float | None:
     torch.set_num_threads(threads)
-    run = _runner(_cv_vae(build_vae(SPECS[name])), variant)  # any weights take as much memory
+    run = _runner(build_vae(spec), variant)  # any weights take as much memory
     video_BCTHW = smooth_video(*shape[2:], seed=0)
-    run(video_BCTHW[..., :16, :16])
+    run(_small_part(video_BCTHW, spec))
+    return_free_memory()  # or the call would be given what making the model left behind
     before = rss_mib()
     reset_peak_rss()
     run(video_BCTHW)
@@ -181,13 +190,13 @@ def _peak_in_this_process(name: str, variant: Variant, shape: tuple[int, ...], t
     return None if peak is None or before is None else peak - before
 
 
-def decode_table(name: str, frames: int, size: int) -> BenchTable:
-    """The decoder in fp32, for information: the pipeline does not decode."""
-    vae = _cv_vae(seeded_vae(SPECS[name], 0))
-    plain = PlainCVVAE(vae.spec, vae.state_dict())
-    latent_BCTHW = torch.randn(
-        1, *vae.spec.latent_shape(frames, size, size), generator=torch.Generator().manual_seed(0)
-    )
+def decode_table(spec: VAESpec, frames: int, size: int) -> BenchTable | None:
+    """The decoder in fp32, for information: the pipeline does not decode. None without a plain one."""
+    vae = seeded_vae(spec, 0)
+    plain = plain_vae(spec, vae.state_dict())
+    if not isinstance(plain, PlainDecoder):
+        return None
+    latent_BCTHW = torch.randn(1, *spec.latent_shape(frames, size, size), generator=torch.Generator().manual_seed(0))
     seconds: dict[str, float] = {}
     pixels: dict[str, Tensor] = {}
     for code, run in (("plain", plain.decode_tile), ("ours", torch.inference_mode()(vae.decode))):
@@ -196,7 +205,7 @@ def decode_table(name: str, frames: int, size: int) -> BenchTable:
         pixels[code] = run(latent_BCTHW)
         seconds[code] = time.perf_counter() - started
     table = BenchTable(
-        f"decode, {name}, {frames} x {size} x {size}, fp32, once",
+        f"decode, {spec.name}, {frames} x {size} x {size}, fp32, once",
         ("code", "s", "times as fast", "relative RMS", "largest diff."),
     )
     for code in seconds:

@@ -30,9 +30,9 @@ import typer
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from cvvae import SPECS, VAESpec, build_vae, seeded_vae
+from cvvae import VAESpec, build_vae, seeded_vae
 from cvvae.conv_probe import probe_conv3d
-from cvvae.cv_vae import CVVAE
+from jobs.bench_encode import spec_named
 from jobs.bench_report import BenchTable, machine
 from jobs.measure_precision import difference, smooth_video
 from pipeline.encoder import make_deterministic
@@ -44,6 +44,7 @@ FORMATS: dict[Layout, torch.memory_format] = {
     "channels_last": torch.channels_last_3d,
     "contiguous": torch.contiguous_format,
 }
+MEASURED = ("cvvae-sd21", "ivvae-z4-dim64", "ivvae-z16-dim96")
 FRAMES = 17
 MATMUL_SIDES = (4096, 8192, 16384)
 
@@ -72,7 +73,7 @@ class Timed:
 
 
 def bench_gpu(
-    spec: Annotated[str, typer.Option()] = "cvvae-sd21",
+    spec: Annotated[list[str] | None, typer.Option(help=f"Default: {', '.join(MEASURED)}.")] = None,
     size: Annotated[list[int] | None, typer.Option(help="Heights and widths; default: 256 and 512.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="Default: fp16 and bf16.")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Tiles; default: 1, 4 and 16.")] = None,
@@ -88,9 +89,10 @@ def bench_gpu(
     dtypes = dtype or ["fp16", "bf16"]
     print(probe_table(dtypes, device), flush=True)
     peaks = {name: peak_flops(DTYPES[name], device, MATMUL_SIDES) for name in dtypes}
-    bench = GpuBench(SPECS[spec], device, repeats)
-    for side in size or (256, 512):
-        print(size_table(bench, side, dtypes, batch or [1, 4, 16], peaks), flush=True)
+    for named in [spec_named(name) for name in spec or MEASURED]:
+        bench = GpuBench(named, device, repeats)
+        for side in size or (256, 512):
+            print(size_table(bench, side, dtypes, batch or [1, 4, 16], peaks), flush=True)
 
 
 def probe_table(dtypes: Sequence[str], device: torch.device) -> BenchTable:
@@ -184,13 +186,8 @@ class GpuBench:
     def _encoder(self, dtype: str, layout: Layout) -> Callable[[Tensor], Tensor]:
         """Of one tile per batch entry, in the given layout all through."""
         vae = build_vae(self.spec)
-        assert isinstance(vae, CVVAE), "every named spec is a CV-VAE"
         vae.load_state_dict(self._weights.state_dict())
-        encoder = vae.encoder.to(self._device, DTYPES[dtype])
-        for parameter in encoder.parameters():
-            if layout == "contiguous":
-                parameter.data = parameter.data.contiguous()
-        return encoder
+        return vae.to(self._device, DTYPES[dtype]).use_memory_format(FORMATS[layout]).encode_tile
 
     def _video(self, setting: Setting) -> Tensor:
         one = smooth_video(FRAMES, setting.size, setting.size, seed=0)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cvvae import VAESpec
 from cvvae.cv_vae import CVVAESpec
+from jobs.plain_layers import attend, fold, swish, unfold
 
 _LDM_NAMES = {
     "down": "encoder.down.{}.block.{}",
@@ -68,7 +69,7 @@ class PlainCVVAE:
                 name, stride = self._names["downsample"].format(level), (2 if _HALVES_TIME[level] else 1, 2, 2)
                 hs.append(self._causal_conv(hs[-1], name, stride=stride, lower_right=True))
         hs.append(self._mid(hs[-1], "encoder", causal=True))
-        x = _swish(self._group_norm(hs[-1], f"encoder.{self._names['norm_out']}"))
+        x = swish(self._group_norm(hs[-1], f"encoder.{self._names['norm_out']}"))
         return self._causal_conv(x, "encoder.conv_out")
 
     @torch.inference_mode()
@@ -81,7 +82,7 @@ class PlainCVVAE:
                 x = self._res_block(x, self._names["up"].format(number, block), causal=False)
             if level > 0:
                 x = self._upsample(x, number)
-        x = _swish(self._group_norm(x, f"decoder.{self._names['norm_out']}"))
+        x = swish(self._group_norm(x, f"decoder.{self._names['norm_out']}"))
         return self._centred_conv(x, "decoder.conv_out")
 
     def _parameters(self, name: str) -> tuple[Tensor, Tensor]:
@@ -124,14 +125,14 @@ class PlainCVVAE:
 
     def _res_block(self, x: Tensor, name: str, *, causal: bool) -> Tensor:
         conv = self._causal_conv if causal else self._centred_conv
-        h = conv(_swish(self._group_norm(x, f"{name}.norm1")), f"{name}.conv1")
-        h = _swish(self._group_norm(h, f"{name}.norm2"))
+        h = conv(swish(self._group_norm(x, f"{name}.norm1")), f"{name}.conv1")
+        h = swish(self._group_norm(h, f"{name}.norm2"))
         if self.spec.half_3d:
-            h = _unfold(F.conv2d(_fold(h), *self._parameters(f"{name}.conv2"), padding=1), h.shape[0])
+            h = unfold(F.conv2d(fold(h), *self._parameters(f"{name}.conv2"), padding=1), h.shape[0])
         else:
             h = conv(h, f"{name}.conv2")
         if h.shape[1] != x.shape[1] and self._is_sd3:
-            x = _unfold(F.conv2d(_fold(x), *self._parameters(f"{name}.conv_shortcut")), x.shape[0])
+            x = unfold(F.conv2d(fold(x), *self._parameters(f"{name}.conv_shortcut")), x.shape[0])
         elif h.shape[1] != x.shape[1]:
             x = F.conv3d(x, *self._parameters(f"{name}.nin_shortcut"))
         return x + h
@@ -147,39 +148,21 @@ class PlainCVVAE:
     def _spatial_attention(self, x: Tensor, name: str) -> Tensor:
         """One head over the positions of each frame, without the residual."""
         norm, query, key, value, out = (f"{name}.{part}" for part in self._names["attention"].split())
-        frames = self._group_norm(_fold(x), norm)
+        frames = self._group_norm(fold(x), norm)
         height, width = frames.shape[-2:]
         tokens = frames.flatten(2).transpose(1, 2)
         q, k, v = (self._linear(tokens, part) for part in (query, key, value))
-        tokens = self._linear(_attention(q, k, v), out)
-        return _unfold(tokens.transpose(1, 2).unflatten(2, (height, width)), x.shape[0])
+        tokens = self._linear(attend(q, k, v), out)
+        return unfold(tokens.transpose(1, 2).unflatten(2, (height, width)), x.shape[0])
 
     def _temporal_attention(self, x: Tensor, name: str) -> Tensor:
         batch, channels, num_frames, height, width = x.shape
         tokens = x.permute(0, 3, 4, 2, 1).reshape(-1, num_frames, channels)
         tokens = F.layer_norm(tokens, (channels,), *self._parameters(f"{name}.norm_t"), eps=1e-5)
         q, k, v = (self._linear(tokens, f"{name}.{part}") for part in ("q_t", "k_t", "v_t"))
-        tokens = self._linear(_attention(q, k, v), f"{name}.proj_out_t")
+        tokens = self._linear(attend(q, k, v), f"{name}.proj_out_t")
         return tokens.view(batch, height, width, num_frames, channels).permute(0, 4, 3, 1, 2).contiguous()
 
     def _linear(self, tokens: Tensor, name: str) -> Tensor:
         weight, bias = self._parameters(name)
         return F.linear(tokens, weight.flatten(1), bias)
-
-
-def _swish(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(x)
-
-
-def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
-
-
-def _fold(x: Tensor) -> Tensor:
-    """(B, C, T, H, W) -> (B*T, C, H, W), a copy."""
-    return x.transpose(1, 2).flatten(0, 1).contiguous()
-
-
-def _unfold(frames: Tensor, batch: int) -> Tensor:
-    """(B*T, C, H, W) -> (B, C, T, H, W), a copy."""
-    return frames.unflatten(0, (batch, -1)).transpose(1, 2).contiguous()

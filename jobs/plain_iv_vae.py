@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cvvae import VAESpec
 from cvvae.iv_vae import IVVAESpec
+from jobs.plain_layers import fold, swish, unfold
 
 _PYRAMID = (0, 1, 3, 6, 9, 12)
 
@@ -37,7 +38,7 @@ class PlainIVVAE:
         self._kept: dict[str, Tensor] = {}
 
     @torch.inference_mode()
-    def encode(self, video_BCTHW: Tensor) -> Tensor:
+    def encode_tile(self, video_BCTHW: Tensor) -> Tensor:
         """Raw moments (B, 2C, t, h, w) of a video in [-1, 1]; logvar not clamped."""
         self._kept = {}
         moments = self._encode_chunk(video_BCTHW[:, :, :1])
@@ -47,7 +48,7 @@ class PlainIVVAE:
         return torch.cat([mean_2d, mean_3d, logvar_2d, logvar_3d], dim=1)
 
     @torch.inference_mode()
-    def decode(self, latent_BCTHW: Tensor) -> Tensor:
+    def decode_tile(self, latent_BCTHW: Tensor) -> Tensor:
         """Pixels (B, 3, T, H, W) of raw latents."""
         self._kept = {}
         latent = self._ktc_point(latent_BCTHW, "conv2")
@@ -69,7 +70,7 @@ class PlainIVVAE:
         for number in (10, 12):
             x = self._attention(self._deep_block(x, name.format(number)), name.format(number + 1))
         x = self._middle(x, "encoder.middle")
-        return self._pyramid(_swish(self._norm(x, "encoder.head.0")), "encoder.head.2")
+        return self._pyramid(swish(self._norm(x, "encoder.head.0")), "encoder.head.2")
 
     def _decode_chunk(self, x: Tensor, *, is_first: bool) -> Tensor:
         name = "decoder.upsamples.{}"
@@ -80,7 +81,7 @@ class PlainIVVAE:
             x = self._upsample(x, name.format(sampler), doubles_time=sampler < 14 and not is_first)
             for number in range(sampler + 1, sampler + 4):
                 x = self._res_block(x, name.format(number), group=group)
-        x = self._ktc_conv(_swish(self._norm(x, "decoder.head.0")), "decoder.head.2", group=4)
+        x = self._ktc_conv(swish(self._norm(x, "decoder.head.0")), "decoder.head.2", group=4)
         key_frames, others = x[:, :3, :1], x[:, 3:, 1:]
         return torch.cat([key_frames, others], dim=2)
 
@@ -90,8 +91,8 @@ class PlainIVVAE:
     # --- convolutions --------------------------------------------------------------------------------------------
 
     def _frame_conv(self, x: Tensor, name: str, *, padding: int = 0, dilation: int = 1) -> Tensor:
-        frames = F.conv2d(_fold(x), *self._parameters(name), padding=padding, dilation=dilation)
-        return _unfold(frames, x.shape[0])
+        frames = F.conv2d(fold(x), *self._parameters(name), padding=padding, dilation=dilation)
+        return unfold(frames, x.shape[0])
 
     def _ktc_conv(self, x: Tensor, name: str, *, group: int) -> Tensor:
         """Both convolutions read everything; each gives its half."""
@@ -114,7 +115,7 @@ class PlainIVVAE:
         outs = []
         for half, part in zip(halves, ("resample_2d", "resample_3d"), strict=True):
             weight, bias = self._parameters(f"{name}.{part}.1")
-            outs.append(_unfold(F.conv2d(_fold(half), weight, bias, stride=stride, padding=padding), x.shape[0]))
+            outs.append(unfold(F.conv2d(fold(half), weight, bias, stride=stride, padding=padding), x.shape[0]))
         return torch.cat(outs, dim=1)
 
     def _downsample(self, x: Tensor, name: str, *, halves_time: bool) -> Tensor:
@@ -134,8 +135,8 @@ class PlainIVVAE:
             moving = torch.stack([moving[:, 0], moving[:, 1]], dim=3)
             moving = moving.reshape(batch, channels // 2, 2 * num_frames, height, width)
             x = torch.cat([still.repeat_interleave(2, dim=2), moving], dim=1)
-        frames = F.interpolate(_fold(x), scale_factor=2.0, mode="nearest-exact")
-        return self._both_frame_convs(_unfold(frames, x.shape[0]), name, stride=1, padding=1)
+        frames = F.interpolate(fold(x), scale_factor=2.0, mode="nearest-exact")
+        return self._both_frame_convs(unfold(frames, x.shape[0]), name, stride=1, padding=1)
 
     # --- blocks --------------------------------------------------------------------------------------------------
 
@@ -144,14 +145,14 @@ class PlainIVVAE:
         return torch.cat(halves, dim=1) * (x.shape[1] // 2) ** 0.5 * self._weights[f"{name}.gamma"]
 
     def _res_block(self, x: Tensor, name: str, *, group: int) -> Tensor:
-        h = self._ktc_conv(_swish(self._norm(x, f"{name}.residual.0")), f"{name}.residual.2", group=group)
-        h = self._ktc_conv(_swish(self._norm(h, f"{name}.residual.3")), f"{name}.residual.6", group=group)
+        h = self._ktc_conv(swish(self._norm(x, f"{name}.residual.0")), f"{name}.residual.2", group=group)
+        h = self._ktc_conv(swish(self._norm(h, f"{name}.residual.3")), f"{name}.residual.6", group=group)
         return h + (x if h.shape[1] == x.shape[1] else self._ktc_point(x, f"{name}.shortcut"))
 
     def _deep_block(self, x: Tensor, name: str) -> Tensor:
-        h = _swish(self._norm(x, f"{name}.residual.0"))
+        h = swish(self._norm(x, f"{name}.residual.0"))
         h = self._frame_conv(h, f"{name}.residual.2.conv", padding=1)
-        h = _swish(self._norm(h, f"{name}.residual.3"))
+        h = swish(self._norm(h, f"{name}.residual.3"))
         return x + self._frame_conv(h, f"{name}.residual.6.conv", padding=1)
 
     def _middle(self, x: Tensor, name: str) -> Tensor:
@@ -164,14 +165,14 @@ class PlainIVVAE:
 
     def _branch_attention(self, x: Tensor, name: str) -> Tensor:
         """One head over the positions of each frame."""
-        frames = _fold(x)
+        frames = fold(x)
         count, channels, height, width = frames.shape
         h = F.normalize(frames, dim=1) * channels**0.5 * self._weights[f"{name}.norm.gamma"]
         qkv = F.conv2d(h, *self._parameters(f"{name}.to_qkv"))
         query, key, value = qkv.reshape(count, 1, 3 * channels, -1).permute(0, 1, 3, 2).contiguous().chunk(3, dim=-1)
         h = F.scaled_dot_product_attention(query, key, value)
         h = h.squeeze(1).permute(0, 2, 1).reshape(count, channels, height, width)
-        return _unfold(F.conv2d(h, *self._parameters(f"{name}.proj")) + frames, x.shape[0])
+        return unfold(F.conv2d(h, *self._parameters(f"{name}.proj")) + frames, x.shape[0])
 
     def _pyramid(self, x: Tensor, name: str) -> Tensor:
         outs = [
@@ -181,17 +182,3 @@ class PlainIVVAE:
         halves = [out.chunk(2, dim=1) for out in outs]
         joined = torch.cat([half[0] for half in halves] + [half[1] for half in halves], dim=1)
         return self._frame_conv(joined, f"{name}.PAC_conv.conv")
-
-
-def _swish(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(x)
-
-
-def _fold(x: Tensor) -> Tensor:
-    batch, channels, num_frames, height, width = x.shape
-    return x.permute(0, 2, 1, 3, 4).reshape(batch * num_frames, channels, height, width)
-
-
-def _unfold(frames: Tensor, num_clips: int) -> Tensor:
-    count, channels, height, width = frames.shape
-    return frames.reshape(num_clips, count // num_clips, channels, height, width).permute(0, 2, 1, 3, 4).contiguous()

@@ -10,10 +10,8 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from cvvae import SPECS, seeded_vae
 from jobs.compare_streaming import Figures, Model, Way, compare_streaming, measure, psnr
 from jobs.measure_precision import difference, smooth_video
-from jobs.plain_iv_vae import PlainIVVAE
 
 
 def tiny(name: str = "ivvae-z4-tiny") -> Model:
@@ -67,20 +65,3 @@ def test_psnr_of_known_errors() -> None:
     video = torch.zeros(1, 3, 1, 4, 4)
     assert psnr(video + 0.2, video) == pytest.approx(20.0, abs=1e-3)
     assert psnr(video + 3, video + 1) == float("inf"), "pixels outside of the range are clamped"
-
-
-@pytest.mark.parametrize("name", ["ivvae-z4-tiny", "ivvae-z16-tiny"])
-def test_the_plain_transcription_has_the_models_numbers(name: str) -> None:
-    vae = seeded_vae(SPECS[name], 1)
-    plain = PlainIVVAE(vae.spec, vae.state_dict())
-    video = smooth_video(9, 16, 24, seed=0)
-    with torch.inference_mode():
-        posterior = vae.encode(video)
-        moments = torch.cat([posterior.mean, posterior.logvar], dim=1)
-        assert difference(moments, plain.encode(video))[0] < 1e-5
-        assert difference(vae.decode(posterior.mean), plain.decode(posterior.mean))[0] < 1e-5
-
-
-def test_the_plain_transcription_is_of_the_published_model_only() -> None:
-    with pytest.raises(ValueError, match="expected an IV-VAE as published"):
-        PlainIVVAE(SPECS["ivvae-baseline-tiny"], {})
