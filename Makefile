@@ -36,7 +36,7 @@ test: $(READY) ## the tests (fast ones and the end-to-end ones)
 test-slow: $(READY) ## the long sweeps
 	$(PYTEST) -m slow
 
-bench: $(READY) ## speed and memory on this machine, side by side (a quarter of an hour; docs/benchmarks.md)
+bench: $(READY) ## speed and memory on this machine, side by side (half an hour; docs/benchmarks.md)
 	$(BIN)/python jobs/bench_pipeline.py
 	$(BIN)/python jobs/bench_decode.py
 	$(BIN)/python jobs/bench_encode.py
