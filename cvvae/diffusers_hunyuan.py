@@ -183,7 +183,7 @@ _HUNYUAN_15 = HunyuanVideo15Spec(
     config=HunyuanVideo15Spec.peer.complete({}),
 )
 _TINY_15: dict[str, Any] = {
-    "block_out_channels": (16, 16, 16, 16, 16),
+    "block_out_channels": (8, 8, 8, 8, 8),
     "latent_channels": 4,
     "layers_per_block": 1,
 }

@@ -1,9 +1,9 @@
 """LTX-Video's VAE (AutoencoderKLLTXVideo, releases 0.9.0, 0.9.1, 0.9.5 on) and LTX-2's (AutoencoderKLLTX2Video).
 
-8x32x32, z = 128, in one pass. T = 1 + 8k and sides are multiples of 32; the class floors other sides (720 rows have
-latents of 704), which is refused here. The encoder is causal and its norms see one position, so a video's first
-frames give its first latents; diffusers cannot compute it in chunks, so it does not stream. The encoder gives one log
-variance for each position, which here, as there, is repeated for every channel.
+8x32x32, z = 128, in one pass. T = 1 + 8k and sides are multiples of 32; LTX-Video's class takes others without a word
+and decodes them to another size (80 rows to 96), which is refused here. The encoder is causal and its norms see one
+position, so a video's first frames give its first latents; diffusers cannot compute it in chunks, so it does not
+stream. It gives one log variance for each position, which here, as there, is repeated for every channel.
 Mean and std of the latents are tensors of the checkpoint, so a spec has them only after loading; the named specs have
 0 and 1.
 

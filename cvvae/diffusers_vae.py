@@ -20,7 +20,7 @@ from cvvae.spec import VAESpec
 from cvvae.vae import StreamState, VideoVAE
 
 SERIES = "0.42"
-"""The releases of diffusers whose numbers are meant: a fix of a class there changes latents (fp16 norms did)."""
+"""The releases of diffusers that new specs mean: a fix of a class there changes latents (fp16 norms did)."""
 INSTALL = "pip install 'cvvae-latents[peers]'"
 
 PARTS = ("encoder", "decoder", "quant_conv", "post_quant_conv")
@@ -77,14 +77,13 @@ class DiffusersSpec(VAESpec):
 
     config: tuple[tuple[str, Any], ...]
     diffusers: str = SERIES
+    """The releases whose numbers these are. Any can be described; only with that one installed a model is built."""
     tile_overlap: float = 0.25
 
     peer: ClassVar[DiffusersClass]
 
     def __post_init__(self) -> None:
         VAESpec.__post_init__(self)
-        if self.diffusers != SERIES:
-            raise ValueError(f"VAESpec {self.name!r}: diffusers: expected {SERIES!r}, got {self.diffusers!r}")
         arguments = self.arguments
         if list(arguments) != sorted(self.peer.arguments):
             wrong = sorted(set(arguments) ^ set(self.peer.arguments))
@@ -185,7 +184,7 @@ class DiffusersVAE(VideoVAE):
 
 def _whole_model(spec: DiffusersSpec) -> nn.Module:
     """The diffusers object that `spec` describes, weights not set."""
-    library = _import_diffusers()
+    library = _import_diffusers(spec.diffusers)
     return getattr(library, spec.peer.name)(**as_json(spec.arguments))
 
 
@@ -194,11 +193,11 @@ def as_json(arguments: Arguments) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in arguments.items()}
 
 
-def _import_diffusers() -> ModuleType:
+def _import_diffusers(series: str) -> ModuleType:
     try:
         library = importlib.import_module("diffusers")
     except ImportError as error:
         raise ImportError(f"this VAE is one of diffusers, which is not installed: {INSTALL}") from error
-    if library.__version__.split(".")[:2] != SERIES.split("."):
-        raise ValueError(f"diffusers: expected a release {SERIES}.x, got {library.__version__}; {INSTALL}")
+    if library.__version__.split(".")[:2] != series.split("."):
+        raise ValueError(f"diffusers: expected a release {series}.x, got {library.__version__}; {INSTALL}")
     return library

@@ -100,7 +100,7 @@ def assert_close(got: Tensor, expected: Tensor, *, largest: float | None = None)
     assert (got - expected).abs().max() <= TOLERANCE * (largest or expected.abs().max())
 
 
-@pytest.mark.parametrize("units", [0, 1, 6])
+@pytest.mark.parametrize("units", [0, 1, 5])
 @pytest.mark.parametrize("name", TINY)
 @torch.inference_mode()
 def test_numbers_are_those_of_diffusers(name, units):
@@ -164,9 +164,11 @@ def test_cogvideox_decodes_other_lengths_to_frames_that_nobody_encoded():
 
 
 @torch.inference_mode()
-def test_ltx_floors_sides_that_this_refuses():
-    vae = seeded_vae(SPECS["ltx-0.9.5-tiny"], seed=5)
+def test_ltx_gives_back_another_size_where_this_refuses():
+    vae = seeded_vae(SPECS["ltx-0.9.0-tiny"], seed=5)
     video = torch.zeros(1, 3, 1, 80, 64)
+    model = original(vae)
+    assert model.decode(model.encode(video).latent_dist.mean).sample.shape[-2:] == (96, 64)
     with pytest.raises(ValueError, match="height: expected a positive multiple of 32"):
         vae.encode(video)
 
@@ -225,3 +227,16 @@ def test_ltx2_needs_more_than_one_latent_to_reflect_at():
     vae = seeded_vae(SPECS["ltx2-tiny"], seed=5)
     with pytest.raises(ValueError, match="expected sides of at least 2"):
         vae.decode(torch.zeros(1, 8, 1, 1, 3))
+
+
+@torch.inference_mode()
+def test_mochi_in_half_precision_would_encode_noise():
+    """What diffusers does with a model in bfloat16 is far from rounding, so it is refused."""
+    vae = seeded_vae(SPECS["mochi-tiny"], seed=5)
+    video = video_for(vae, 7)
+    exact = vae.encode(video).mean
+    rounded = original(vae).encode(video.bfloat16().float()).latent_dist.mean  # the pixels alone
+    assert (rounded - exact).abs().mean() > 0.1 * exact.abs().mean()
+    for dtype in (torch.bfloat16, torch.float16):
+        with pytest.raises(ValueError, match="expected float32 to encode"):
+            vae.to(dtype).encode(video.to(dtype))
