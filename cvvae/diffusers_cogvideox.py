@@ -23,7 +23,7 @@ _LEVELS_PER_CHUNK = 8  # chunks of fewer frames are not doubled in time when dec
 def _geometry(arguments: Arguments) -> Geometry:
     return Geometry(
         arguments["latent_channels"],
-        int(arguments["temporal_compression_ratio"]),
+        arguments["temporal_compression_ratio"],
         2 ** (len(arguments["block_out_channels"]) - 1),
     )
 
@@ -56,7 +56,7 @@ class CogVideoXSpec(DiffusersSpec):
             "norm_eps": 1e-6,
             "norm_num_groups": 32,
             "out_channels": 3,
-            "temporal_compression_ratio": 4.0,
+            "temporal_compression_ratio": 4,
             "up_block_types": ("CogVideoXUpBlock3D",) * 4,
             "use_post_quant_conv": False,
             "use_quant_conv": False,
@@ -111,10 +111,9 @@ _2B = CogVideoXSpec(
     latent_channels=16,
     scaling_factor=1.15258426,
     shift_factor=0.0,
-    config=CogVideoXSpec.peer.complete({"temporal_compression_ratio": 4}),
+    config=CogVideoXSpec.peer.complete({}),
 )
 _TINY = {
-    "temporal_compression_ratio": 4,
     "block_out_channels": (8, 8, 8, 16),
     "latent_channels": 4,
     "layers_per_block": 1,

@@ -38,7 +38,9 @@ def spec_from_config(config: Mapping[str, Any], *, known: Iterable[S], where: st
     ]
     if unknown:
         raise ValueError(f"{where}: expected arguments of {peer.name} that are known here, got {sorted(unknown)}")
-    arguments = {name: _frozen(config[name]) for name in peer.arguments if name in config}
+    arguments = {
+        name: _as_written(config[name], default) for name, default in peer.arguments.items() if name in config
+    }
     try:
         check_arguments(peer, {**peer.arguments, **arguments})
         geometry = peer.geometry({**peer.arguments, **arguments})
@@ -81,6 +83,12 @@ def _as_wide(spec: VAESpec, other: VAESpec) -> bool:
 def _own_fields(spec: VAESpec) -> list[str]:
     """Fields that diffusers has no argument for: tiles, and how this package drives the network."""
     return [item.name for item in fields(spec) if item.name not in _DECIDED_HERE | _DECIDED_THERE]
+
+
+def _as_written(value: Any, default: Any) -> Any:
+    """One way to write a value: 4.0 where the default is 4 would be another identity of the same model."""
+    same_number = type(value) in (int, float) and type(default) in (int, float) and value == default
+    return default if same_number else _frozen(value)
 
 
 def _frozen(value: Any) -> Any:

@@ -62,8 +62,18 @@ CONFIGS = {
         "sample_width": 720,
         "scaling_factor": 0.7,
         "shift_factor": None,
-        "temporal_compression_ratio": 4,
+        "temporal_compression_ratio": 4.0,
     },
+    "svd": {
+        "_class_name": "AutoencoderKLTemporalDecoder",
+        "block_out_channels": [128, 256, 512, 512],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "force_upcast": True,
+        "layers_per_block": 2,
+        "sample_size": 768,
+        "scaling_factor": 0.18215,
+    },
+    "hunyuan15": {"_class_name": "AutoencoderKLHunyuanVideo15", "scaling_factor": 1.03682, "latent_channels": 32},
     "ltx-0.9.0": {"_class_name": "AutoencoderKLLTXVideo", "scaling_factor": 1.0, "decoder_causal": False},
     "hunyuan": {"_class_name": "AutoencoderKLHunyuanVideo", "scaling_factor": 0.476986},
     "mochi": {"_class_name": "AutoencoderKLMochi", "scaling_factor": 1.0, "in_channels": 15},
@@ -72,7 +82,9 @@ CONFIGS = {
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_published_configs_are_recognised(name):
-    assert spec_of_config(CONFIGS[name], where="config.json") == SPECS[name]
+    spec = spec_of_config(CONFIGS[name], where="config.json")
+    assert spec == SPECS[name]
+    assert json.dumps(spec.to_dict()) == json.dumps(SPECS[name].to_dict()), "one model has one identity"
 
 
 @pytest.mark.parametrize("name", PEERS)
