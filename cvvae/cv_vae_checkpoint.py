@@ -161,7 +161,11 @@ def recognises(tensors: Mapping[str, Tensor]) -> bool:
 def _families(tensors: Mapping[str, Tensor]) -> list[str]:
     """A 3-D first convolution under either layout's name: image VAEs have the names, too."""
     firsts = {name: f"encoder.{kind.down.format(level=0, block=0)}.conv1.weight" for name, kind in LAYOUTS.items()}
-    return [name for name, key in firsts.items() if key in tensors and tensors[key].ndim == 5]
+    # and Wan 2.2 has one of the two, with other norms
+    norms = {name: key.replace("conv1", "norm1") for name, key in firsts.items()}
+    return [
+        name for name, key in firsts.items() if key in tensors and tensors[key].ndim == 5 and norms[name] in tensors
+    ]
 
 
 def spec_from_tensors(tensors: Mapping[str, Tensor], *, where: str) -> CVVAESpec:

@@ -6,12 +6,20 @@ the model, and how a checkpoint of it is recognised; this file joins them.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from cvvae import cv_vae_checkpoint, iv_vae_checkpoint, od_vae_checkpoint, open_sora_checkpoint
+from cvvae import cv_vae_checkpoint, diffusers_config, iv_vae_checkpoint, od_vae_checkpoint, open_sora_checkpoint
 from cvvae.cv_vae import CVVAE, CVVAE_SPECS, CVVAESpec
+from cvvae.diffusers_cogvideox import COGVIDEOX_SPECS, CogVideoXVAE
+from cvvae.diffusers_hunyuan import HUNYUAN_15_SPECS, HUNYUAN_SPECS, HunyuanVideo15VAE, HunyuanVideoVAE
+from cvvae.diffusers_image_vae import IMAGE_KL_SPECS, SVD_SPECS, SVDVAE, ImageKLVAE, with_new_attention_keys
+from cvvae.diffusers_ltx import LTX2_SPECS, LTX_SPECS, LTXVAE
+from cvvae.diffusers_mochi import MOCHI_SPECS, MochiVAE
+from cvvae.diffusers_vae import DiffusersSpec
+from cvvae.diffusers_wan import WAN_SPECS, WanVAE
 from cvvae.iv_vae import IVVAE, IVVAE_SPECS, IVVAESpec
 from cvvae.od_vae import ODVAE, ODVAE_SPECS, ODVAESpec
 from cvvae.open_sora_vae import OPEN_SORA_SPECS, OpenSoraSpec, OpenSoraVAE
@@ -21,6 +29,10 @@ from cvvae.vae import VideoVAE
 
 def _config_says_all(spec: VAESpec, tensors: Mapping[str, Tensor], *, where: str) -> VAESpec:
     return spec
+
+
+def _as_they_are(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return dict(tensors)
 
 
 def _no_constants(spec: VAESpec) -> dict[str, Tensor]:
@@ -48,6 +60,8 @@ class Family:
     """(spec of the config, tensors, *, where) -> spec, where a config leaves something to the tensors."""
     constants: Callable[[Any], dict[str, Tensor]] = _no_constants
     """Tensors of a checkpoint that are no weights but facts of the spec; the model does not have them."""
+    with_known_keys: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = _as_they_are
+    """A checkpoint's tensors under the keys of today, where there are older ones."""
     weights_name: str = "diffusion_pytorch_model.safetensors"
     """The weight file beside config.json, as the authors name it."""
 
@@ -95,6 +109,35 @@ _OPEN_SORA = Family(
     weights_name=open_sora_checkpoint.WEIGHTS_NAME,
 )
 
+
+def _needs_config(tensors: Mapping[str, Tensor]) -> bool:
+    """Keys and shapes of diffusers' VAEs leave their scale open: without a config.json they are nobody's."""
+    return False
+
+
+def _no_spec(tensors: Mapping[str, Tensor], *, where: str) -> VAESpec:
+    raise ValueError(f"{where}: expected a folder with the config.json of diffusers, got tensors alone")
+
+
+def _of_diffusers(build: Callable[[Any], VideoVAE], specs: Mapping[str, DiffusersSpec], **hooks: Any) -> Family:
+    known = tuple(specs.values())
+    if known[0].peer.statistics_in_weights:
+        hooks |= {
+            "spec_with_tensors": diffusers_config.spec_with_latent_statistics,
+            "constants": diffusers_config.latent_statistics,
+        }
+    return Family(
+        spec_type=type(known[0]),
+        build=build,
+        class_names=(known[0].peer.name,),
+        spec_from_config=partial(diffusers_config.spec_from_config, known=known),
+        config_from_spec=partial(diffusers_config.config_from_spec, known=known),
+        recognises=_needs_config,
+        spec_from_tensors=_no_spec,
+        **hooks,
+    )
+
+
 FAMILIES: dict[str, Family] = {
     "cvvae-sd21": _CVVAE,
     "cvvae-sd3": _CVVAE,
@@ -102,10 +145,33 @@ FAMILIES: dict[str, Family] = {
     "ivvae-baseline": _IVVAE,
     "od-vae": _ODVAE,
     "open-sora-1.2": _OPEN_SORA,
+    "image-kl": _of_diffusers(ImageKLVAE, IMAGE_KL_SPECS, with_known_keys=with_new_attention_keys),
+    "svd": _of_diffusers(SVDVAE, SVD_SPECS, with_known_keys=with_new_attention_keys),
+    "cogvideox": _of_diffusers(CogVideoXVAE, COGVIDEOX_SPECS),
+    "wan": _of_diffusers(WanVAE, WAN_SPECS),
+    "hunyuan-video": _of_diffusers(HunyuanVideoVAE, HUNYUAN_SPECS),
+    "hunyuan-video-1.5": _of_diffusers(HunyuanVideo15VAE, HUNYUAN_15_SPECS),
+    "ltx-video": _of_diffusers(LTXVAE, LTX_SPECS),
+    "ltx-2": _of_diffusers(LTXVAE, LTX2_SPECS),
+    "mochi": _of_diffusers(MochiVAE, MOCHI_SPECS),
 }
 """Family of a spec -> what is known of it."""
 
-SPECS: dict[str, VAESpec] = {**CVVAE_SPECS, **IVVAE_SPECS, **ODVAE_SPECS, **OPEN_SORA_SPECS}
+SPECS: dict[str, VAESpec] = {
+    **CVVAE_SPECS,
+    **IVVAE_SPECS,
+    **ODVAE_SPECS,
+    **OPEN_SORA_SPECS,
+    **IMAGE_KL_SPECS,
+    **SVD_SPECS,
+    **COGVIDEOX_SPECS,
+    **WAN_SPECS,
+    **HUNYUAN_SPECS,
+    **HUNYUAN_15_SPECS,
+    **LTX_SPECS,
+    **LTX2_SPECS,
+    **MOCHI_SPECS,
+}
 """Every named spec."""
 
 
@@ -155,7 +221,8 @@ def spec_of_tensors(tensors: Mapping[str, Tensor], *, where: str) -> VAESpec:
     if len(families) != 1:
         raise ValueError(
             f"{where}: expected the keys of one of the families {sorted(FAMILIES)}, "
-            f"got {len(tensors)} keys such as {sorted(tensors)[:3]}"
+            f"got {len(tensors)} keys such as {sorted(tensors)[:3]}; "
+            "VAEs of diffusers need their config.json beside them"
         )
     (family,) = families.values()
     return family.spec_from_tensors(tensors, where=where)

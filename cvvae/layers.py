@@ -247,6 +247,17 @@ def batch_to_frames(frames: Tensor, *, num_clips: int) -> Tensor:
     return frames.unflatten(0, (num_clips, -1)).transpose(1, 2)
 
 
+_PIXELS_AT_ONCE = 1 << 20
+
+
+def frame_by_frame(function: Callable[[Tensor], Tensor], x_BCTHW: Tensor, *, pixels: int) -> Tensor:
+    """`function` of frames (N, C, H, W) of `pixels` pixels, as many at once as have a megapixel: beyond that only
+    memory grows."""
+    at_once = max(1, _PIXELS_AT_ONCE // pixels)
+    pieces = [function(frames) for frames in frames_to_batch(x_BCTHW).split(at_once)]
+    return batch_to_frames(torch.cat(pieces), num_clips=x_BCTHW.shape[0])
+
+
 def channels_to_frames(x_BCTHW: Tensor) -> Tensor:
     """(B, 2C, T, H, W) -> (B, C, 2T, H, W): channel n*C + c of frame t becomes channel c of frame 2t + n."""
     batch, channels, num_frames, height, width = x_BCTHW.shape

@@ -6,17 +6,16 @@ stage's norms pool over them. Facts and figures: the authors' report 03 and code
 Checked against the authors' modules: tests/golden, tests/cvvae/test_open_sora_vae.py.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
-import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from cvvae.causal_conv import CausalConv3d
 from cvvae.image_vae import NORM_GROUPS, ImageVAE
-from cvvae.layers import ConvFactory, NamedSequence, NormSilu, ResBlock, batch_to_frames, frames_to_batch
+from cvvae.layers import ConvFactory, NamedSequence, NormSilu, ResBlock, frame_by_frame
 from cvvae.spec import VAESpec
 from cvvae.tiling import Tile
 from cvvae.vae import VideoVAE
@@ -29,7 +28,6 @@ NUM_RES_BLOCKS = 4
 HALVES_TIME = (False, True, True)
 """For each step between two levels of the temporal stage, finest first."""
 _EPS = 1e-5  # of the temporal stage; the spatial one has 1e-6
-_PIXELS_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,7 +168,7 @@ class OpenSoraVAE(VideoVAE):
         """The spatial stage: scaled means (B, C, T, h, w) of the image VAE, each frame on its own."""
         channels = self.spec.latent_channels
         video_BCTHW = video_BCTHW.contiguous(memory_format=self.memory_format)
-        return _frame_by_frame(
+        return frame_by_frame(
             lambda frames: SPATIAL_SCALE * self._image_vae.encode(frames)[:, :channels],
             video_BCTHW,
             pixels=video_BCTHW.shape[-2] * video_BCTHW.shape[-1],
@@ -191,7 +189,7 @@ class OpenSoraVAE(VideoVAE):
         latent_BCTHW = latent_BCTHW.contiguous(memory_format=self.memory_format)
         frames_BCTHW = self.temporal_vae.decode(latent_BCTHW)[:, :, -num_frames:]
         positions = frames_BCTHW.shape[-2] * frames_BCTHW.shape[-1]
-        return _frame_by_frame(
+        return frame_by_frame(
             lambda frames: self._image_vae.decode(frames / SPATIAL_SCALE),
             frames_BCTHW,
             pixels=positions * self.spec.space_stride**2,
@@ -202,13 +200,6 @@ class OpenSoraVAE(VideoVAE):
         image_vae = self.spatial_vae.module
         assert isinstance(image_vae, ImageVAE)
         return image_vae
-
-
-def _frame_by_frame(function: Callable[[Tensor], Tensor], x_BCTHW: Tensor, *, pixels: int) -> Tensor:
-    """`function` of frames (N, C, H, W), as many at once as have a megapixel: beyond that only memory grows."""
-    at_once = max(1, _PIXELS_AT_ONCE // pixels)
-    pieces = [function(frames) for frames in frames_to_batch(x_BCTHW).split(at_once)]
-    return batch_to_frames(torch.cat(pieces), num_clips=x_BCTHW.shape[0])
 
 
 class TemporalVAE(nn.Module):

@@ -28,6 +28,9 @@ class VideoVAE(nn.Module):
     tensors for seeded ones; None for weights nobody has named. Training does not update it: save and load again.
     """
 
+    libraries: tuple[str, ...] = ()
+    """Packages beside PyTorch whose version may decide last bits."""
+
     def __init__(self, spec: VAESpec) -> None:
         super().__init__()
         self.spec = spec

@@ -52,6 +52,7 @@ def load_vae(
         spec = spec_of_tensors(tensors, where=str(weight_file))
     else:
         spec = spec_of_config(_read_config(config_file), where=str(config_file))
+        tensors = family_of(spec).with_known_keys(tensors)
         spec = family_of(spec).spec_with_tensors(spec, tensors, where=str(weight_file))
     with torch.device("meta"):  # no memory and no time for an initialisation that is overwritten
         vae = _construct(spec)
@@ -157,7 +158,7 @@ def _seeded_tensor(key: str, shape: tuple[int, ...], seed: int) -> Tensor:
         values = 1.0 + 0.1 * normal
     else:
         values = normal / np.sqrt(np.prod(shape[1:]))
-    return torch.from_numpy(values.astype(np.float32))
+    return torch.from_numpy(np.asarray(values, dtype=np.float32))
 
 
 def _find_files(path: Path) -> tuple[Path | None, Path]:

@@ -52,14 +52,17 @@ class VAESource(Policy):
 
 
 def load_source(source: VAESource, *, cache: Path | None = None) -> VideoVAE:
-    """The VAE in float32 on the CPU. ConfigError if the checkpoint is missing or wrong."""
+    """The VAE in float32 on the CPU. ConfigError if the checkpoint, or a package it needs, is missing or wrong."""
     if source.spec is not None:
-        return seeded_vae(SPECS[source.spec], source.seed)
+        try:
+            return seeded_vae(SPECS[source.spec], source.seed)
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"vae.spec: {error}") from error
     assert source.checkpoint is not None
     path = fetch_checkpoint(source.checkpoint, source.options, cache=cache)
     try:
         return load_vae(path, dtype=torch.float32)
-    except (ValueError, OSError) as error:
+    except (ImportError, ValueError, OSError) as error:
         raise ConfigError(f"vae.checkpoint: {error}") from error
 
 

@@ -14,7 +14,7 @@ import contextlib
 import importlib.metadata
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -163,10 +163,10 @@ class TileEncoder:
             "threads": threads,
             "batch_pixels": self.policy.batch_pixels,
             "tail_batch_share": _TAIL_BATCH_SHARE,
-            "memory_format": str(self._memory_format).removeprefix("torch."),
+            "memory_format": str(self._vae.memory_format).removeprefix("torch."),
             "compile": self.policy.compile,
             "cudnn": torch.backends.cudnn.version() if self.device.type == "cuda" else None,
-            "libraries": _library_versions(),
+            "libraries": _library_versions((*_LIBRARIES, *self._vae.libraries)),
         }
 
 
@@ -279,9 +279,9 @@ def _memory_format(policy: EncodePolicy) -> torch.memory_format:
     return torch.channels_last_3d
 
 
-def _library_versions() -> dict[str, str | None]:
+def _library_versions(names: Iterable[str]) -> dict[str, str | None]:
     versions: dict[str, str | None] = {}
-    for name in _LIBRARIES:
+    for name in names:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

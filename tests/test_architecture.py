@@ -19,6 +19,7 @@ DOORS = {
     "decord": {"pipeline/decode/decord_backend.py"},
     "webdataset": {"pipeline/formats/webdataset_format.py", "jobs/v2d_shards.py"},
     "yaml": {"jobs/config.py"},
+    "diffusers": {"cvvae/diffusers_vae.py"},
     "typer": {f"jobs/{path.name}" for path in (PROJECT / "jobs").glob("*.py")},
 }
 

@@ -13,7 +13,7 @@ BLOCK = """
 import sys
 class Missing:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"ray", "av", "decord", "psutil", "PIL", "s3fs"}:
+        if name.split(".")[0] in {"ray", "av", "decord", "psutil", "PIL", "s3fs", "diffusers"}:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name.split(".")[0])
 sys.meta_path.insert(0, Missing())
 """

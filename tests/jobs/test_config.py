@@ -56,7 +56,9 @@ def changed(raw: dict[str, Any], where: str, value: Any) -> dict[str, Any]:
 def test_shipped_configs_are_valid_and_fit_their_vae(shipped: Path) -> None:
     config = load_config(EncodeConfig, shipped)
     checkpoint = config.vae.checkpoint or ""
-    name = config.vae.spec or ("cvvae-sd3" if "sd3" in checkpoint else "cvvae-sd21")
+    known = {"sd3": "cvvae-sd3", "Wan2.1": "wan21"}
+    named = [name for part, name in known.items() if part in checkpoint]
+    name = config.vae.spec or (named[0] if named else "cvvae-sd21")
     spec = SPECS[name]
     check_geometry(spec, config)
     assert (config.windows.frames - 1) % 4 == 0
