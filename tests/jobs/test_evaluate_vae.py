@@ -212,7 +212,7 @@ def test_latents_evaluate_is_a_verb(monkeypatch: pytest.MonkeyPatch) -> None:
 class _Page(HTMLParser):
     """Tags that are open, sources of images, references to anything outside."""
 
-    VOID = frozenset({"meta", "link", "img", "br", "line", "circle", "path"})
+    VOID = frozenset({"meta", "link", "img"})
 
     def __init__(self, text: str) -> None:
         super().__init__()
