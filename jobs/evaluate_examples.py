@@ -81,10 +81,10 @@ class Gallery:
 def _badness(figures: Figures) -> float | None:
     """By the first of these that was measured; None if none was, or it is undefined (NaN)."""
     order: tuple[Metric, ...] = ("psnr", "psnr_video", "ssim", "information", "lpips")
-    metric = next((metric for metric in order if metric in figures.values), None)
-    if metric is None or math.isnan(figures.values[metric]):
-        return None
-    return figures.values[metric] * (1 if metric in LOWER_IS_BETTER else -1)
+    for metric in order:
+        if metric in figures.values and not math.isnan(figures.values[metric]):
+            return figures.values[metric] * (1 if metric in LOWER_IS_BETTER else -1)
+    return None
 
 
 def _small(measured: Measured) -> Measured:

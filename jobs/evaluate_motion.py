@@ -14,7 +14,7 @@ import numpy as np
 
 from pipeline.errors import ConfigError
 
-FLOW_SIZE = (768, 432)
+FLOW_SIZE: tuple[int, int] = (768, 432)
 """Width and height at which MotionHD measures motion."""
 BINS = 20
 

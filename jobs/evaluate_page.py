@@ -14,6 +14,8 @@ from jobs.evaluate_presets import LOWER_IS_BETTER, METRICS, Metric
 from jobs.evaluate_report import best_label, measured_metrics, number_text, shape_of, span_text
 
 PAGE_NAME = "index.html"
+BY_FRAME: tuple[Metric, ...] = ("psnr", "ssim", "lpips")
+"""Those that a frame has on its own: in charts and under pictures."""
 _STYLE = """
 :root{color-scheme:light dark;--ground:#fcfcfb;--text:#1b1d21;--soft:#5c636e;--line:#dfe1e5;--best:#e8f0fb;
 --series-0:#2f6fd0;--series-1:#d2601a;--series-2:#1d8a5b;--series-3:#a04bb0;--series-4:#9a7b00;--series-5:#c43d5c}
@@ -105,7 +107,7 @@ def _mean_cell(metric: Metric, figure: dict[str, Any], is_best: bool) -> str:
 def _charts(result: dict[str, Any]) -> str:
     """Quality by position in a group of frames, and by frame of the window, where seams of tiles show."""
     charts = []
-    for metric in ("ssim", "psnr", "lpips"):
+    for metric in BY_FRAME:
         of_vaes = {label: of for label, of in result["vaes"].items() if metric in of["by_frame"]}
         if not of_vaes or result["shape"]["frames"] == 1:
             continue
@@ -174,7 +176,7 @@ def _example(example: Example, *, first: str | None) -> str:
     figures = [_figure(example.source, f"source: {example.key}")]
     for label in labels:
         values = example.values[label]
-        shown = ", ".join(f"{m} {number_text(m, values[m])}" for m in ("psnr", "ssim", "lpips") if m in values)
+        shown = ", ".join(f"{m} {number_text(m, values[m])}" for m in BY_FRAME if m in values)
         figures.append(_figure(example.decoded[label], f"{label}: {shown}"))
     for label in labels[:1] if first is not None else []:
         figures.append(_figure(example.errors[label], f"error of {label}, frame {example.worst_frame[label]}"))
@@ -186,7 +188,7 @@ def _figure(uri: str, caption: str) -> str:
 
 
 def _published_table(published: list[dict[str, Any]]) -> str:
-    metrics = [metric for metric in METRICS if any(metric in row["figures"] for row in published)]
+    metrics: list[Metric] = [metric for metric in METRICS if any(metric in row["figures"] for row in published)]
     rows = [
         [escape(row["method"]), *(number_text(metric, row["figures"].get(metric)) for metric in metrics)]
         for row in published

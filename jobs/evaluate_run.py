@@ -160,7 +160,8 @@ def _even_in_motion(
     progress: Progress,
 ) -> frozenset[str]:
     """Clips of the preset's motion subset: a first pass over all, at the size at which motion is measured."""
-    small = FittedShape(ClipShape(max(2, fitted.shape.frames), FLOW_SIZE[::-1]), 1, 1)
+    width, height = FLOW_SIZE
+    small = FittedShape(ClipShape(max(2, fitted.shape.frames), (height, width)), 1, 1)
     scores: dict[str, float] = {}
     bar = progress.add_task("motion of every clip", total=None, windows=0)
     for window in reader.read(files, small):

@@ -163,7 +163,8 @@ def load_vaes(texts: Sequence[str], *, seed: int, dtype: torch.dtype, device: to
     for text in texts:
         label, where = split_label(text)
         try:
-            source = VAESource(spec=where, seed=seed) if where in SPECS else VAESource(checkpoint=where)
+            named = {"spec": where, "seed": seed} if where in SPECS else {"checkpoint": where}
+            source = VAESource.model_validate(named)
         except ValidationError as error:
             raise ConfigError(f"--vae {where}: {error.errors()[0]['msg']}") from error
         if label in loaded:

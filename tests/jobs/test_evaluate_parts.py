@@ -28,6 +28,16 @@ from pipeline.decode.pool import DecodePool
 from pipeline.errors import ConfigError, SourceError
 from pipeline.policies import DecodePolicy
 
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Threads that wait for each other are slow where tests share a machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 CV, IV, OPEN_SORA = (SPECS[name] for name in ("cvvae-sd21-tiny", "ivvae-z4-tiny", "open-sora-1.2-tiny"))
 
 

@@ -26,8 +26,9 @@ from pipeline.errors import ConfigError
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _one_thread():
+    """Threads that wait for each other are slow where tests share a machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
