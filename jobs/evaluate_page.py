@@ -11,7 +11,7 @@ from typing import Any
 from jobs.evaluate_charts import legend, line_chart
 from jobs.evaluate_examples import ERROR_GAIN, Example, Gallery
 from jobs.evaluate_presets import LOWER_IS_BETTER, METRICS, Metric
-from jobs.evaluate_report import best_label, measured_metrics, number_text, shape_of, span_text
+from jobs.evaluate_report import best_label, measured_metrics, number_text, shape_of, span_text, windows_text
 
 PAGE_NAME = "index.html"
 BY_FRAME: tuple[Metric, ...] = ("psnr", "ssim", "lpips")
@@ -36,7 +36,7 @@ td small{color:var(--soft)}
 .legend svg{width:24px;height:8px;margin-right:.4rem;vertical-align:middle}
 .strip{display:flex;gap:.8rem;overflow-x:auto;padding-bottom:.5rem}
 figure{margin:0;flex:none}figcaption{font-size:.82rem;color:var(--soft);max-width:18rem}
-figure img{display:block;border-radius:4px;background:var(--line)}
+figure img{display:block;min-width:14rem;border-radius:4px;background:var(--line)}
 ul.plain{padding-left:1.2rem;overflow-wrap:anywhere}
 """.strip()
 
@@ -58,7 +58,7 @@ def _page(report: dict[str, Any], gallery: Gallery) -> Iterator[str]:
     if report["notes"]:
         yield _list(report["notes"])
     for result in report["results"]:
-        yield f"<h2>{escape(str(shape_of(result)))}: {result['windows']} windows</h2>"
+        yield f"<h2>{escape(str(shape_of(result)))}: {windows_text(result['windows'])}</h2>"
         yield _means_table(result)
         yield _charts(result)
     for motion in report["motion"]:
@@ -112,7 +112,7 @@ def _charts(result: dict[str, Any]) -> str:
         if not of_vaes or result["shape"]["frames"] == 1:
             continue
         decimals = 2 if metric == "psnr" else 4
-        name = METRICS[metric]
+        name = "PSNR (dB)" if metric == "psnr" else METRICS[metric]
         positions = sorted({int(p) for of in of_vaes.values() for p in of["by_position"].get(metric, {})})
         if len(positions) > 1:
             groups = {
@@ -141,9 +141,8 @@ def _motion(motion: dict[str, Any]) -> str:
     buckets = motion["buckets"]
     labels = list(dict.fromkeys(label for bucket in buckets for label in bucket["vaes"]))
     ticks = [span_text(bucket) for bucket in buckets]
-    text = (
-        f"<h2>By motion: {escape(motion['shape'])}</h2><p>Mean optical flow (DIS), pixels a frame at 768 x 432.</p>"
-    )
+    flow = "Mean optical flow (DIS) in pixels a frame at 768 x 432, and windows in brackets."
+    text = f'<h2>By motion: {escape(motion["shape"])}</h2><p>{flow}</p><div class="charts">'
     for metric in motion["metrics"]:
         series = {
             label: [bucket["vaes"].get(label, {}).get(metric, {}).get("mean") for bucket in buckets]
@@ -151,8 +150,8 @@ def _motion(motion: dict[str, Any]) -> str:
         }
         head = ["VAE", *(f"{tick} ({bucket['windows']})" for tick, bucket in zip(ticks, buckets, strict=True))]
         rows = [[escape(label), *(number_text(metric, v) for v in values)] for label, values in series.items()]
-        text += f"<h3>{escape(METRICS[metric])}</h3>{_table(head, rows)}"
-    return text
+        text += f"<div><h3>{escape(METRICS[metric])}</h3>{_table(head, rows)}</div>"
+    return text + "</div>"
 
 
 def _examples(gallery: Gallery) -> Iterator[str]:

@@ -68,7 +68,7 @@ def print_report(report: dict[str, Any], console: Console) -> None:
 
 def _means_table(result: dict[str, Any]) -> Table:
     metrics = measured_metrics(result)
-    table = Table(title=f"{shape_of(result)}: {result['windows']} windows", title_justify="left")
+    table = Table(title=f"{shape_of(result)}: {windows_text(result['windows'])}", title_justify="left")
     table.add_column("VAE", overflow="fold")
     for metric in metrics:
         table.add_column(f"{metric} {'↓' if metric in LOWER_IS_BETTER else '↑'}", justify="right")
@@ -119,12 +119,17 @@ def _motion_table(motion: dict[str, Any]) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("VAE", overflow="fold")
     for bucket in motion["buckets"]:
-        table.add_column(f"{span_text(bucket)}\n{bucket['windows']} windows", justify="right")
+        table.add_column(f"{span_text(bucket)}\n{windows_text(bucket['windows'])}", justify="right")
     labels = list(dict.fromkeys(label for bucket in motion["buckets"] for label in bucket["vaes"]))
     for label in labels:
         cells = (bucket["vaes"][label].get(metric, {}).get("mean") for bucket in motion["buckets"])
         table.add_row(label, *(number_text(metric, cell) for cell in cells))
     return table
+
+
+def windows_text(count: int) -> str:
+    """ "1 window", "7 windows"."""
+    return f"{count} window" + ("" if count == 1 else "s")
 
 
 def span_text(bucket: dict[str, Any]) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import torch
 from rich.console import Console
@@ -66,9 +67,12 @@ def run_evaluation(evaluation: Evaluation, folder: Path, console: Console) -> tu
     meter = _motion_meter(evaluation, notes)
     files = find_clips(evaluation.clips, limit=evaluation.preset.limit, seed=evaluation.seed)
     gallery = Gallery()
-    # seen whole or not at all, as the report is
-    part = folder / f".{WINDOWS_NAME}.{os.getpid()}"
-    with DecodePool(DecodePolicy(), evaluation.decode_children) as pool, _progress(console) as progress:
+    path = folder / WINDOWS_NAME
+    with (
+        _whole_file(path) as record,
+        DecodePool(DecodePolicy(), evaluation.decode_children) as pool,
+        _progress(console) as progress,
+    ):
         reader = WindowReader(
             pool, frame_stride=evaluation.preset.frame_stride, windows_per_clip=evaluation.windows_per_clip
         )
@@ -76,14 +80,11 @@ def run_evaluation(evaluation: Evaluation, folder: Path, console: Console) -> tu
             assert meter is not None
             reader.only = _even_in_motion(evaluation, reader, files, shapes[0], meter, notes, progress)
         runner = _Runner(reader, files, meter, gallery, progress)
-        with part.open("w", encoding="utf-8") as record:
-            totals = [runner.run(fitted, measures[fitted.shape], record) for fitted in shapes]
+        totals = [runner.run(fitted, measures[fitted.shape], record) for fitted in shapes]
         decoders = pool.decoders
-    failures = sorted((*reader.failures.values(), *runner.failures), key=lambda one: (one.key, one.error_class))
-    if not any(total.windows for total in totals):
-        part.unlink()
-        raise SourceError(_nothing_message(files, failures))
-    path = part.replace(folder / WINDOWS_NAME)
+        failures = sorted((*reader.failures.values(), *runner.failures), key=lambda one: (one.key, one.error_class))
+        if not any(total.windows for total in totals):
+            raise SourceError(_nothing_message(files, failures))
     notes += _notes_on_totals(totals)
     report = _describe(evaluation, decoders) | {
         "results": [total.to_json() for total in totals],
@@ -93,6 +94,18 @@ def run_evaluation(evaluation: Evaluation, folder: Path, console: Console) -> tu
         "failures": [asdict(failure) for failure in failures],
     }
     return report, gallery
+
+
+@contextmanager
+def _whole_file(path: Path) -> Iterator[TextIO]:
+    """A text file to write that is there when the body has ended well, and else is not."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            yield file
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 # --- before -------------------------------------------------------------------------------------------------------
@@ -197,7 +210,7 @@ class _Runner:
         self._progress = progress
         self.failures: list[Rejection] = []
 
-    def run(self, fitted: FittedShape, measure: Measure, record: Any) -> ShapeTotals:
+    def run(self, fitted: FittedShape, measure: Measure, record: TextIO) -> ShapeTotals:
         """Every window of that shape into totals, the gallery and the record."""
         shape = fitted.shape
         positions = {label: group_positions(vae.spec, shape.frames) for label, vae in measure.vaes.items()}

@@ -133,7 +133,11 @@ def apply_overrides(preset: Preset, given: _Overrides) -> Preset:
         motion_subset=preset.motion_subset if given.motion_subset is None else given.motion_subset or None,
     )
     if changed.shapes != preset.shapes or changed.frame_stride != preset.frame_stride:
-        changed = replace(changed, name=f"{preset.name}, changed", published=())
+        shapes = "; ".join(map(str, changed.shapes))
+        about = f"as {preset.name}, but with {shapes}" + (
+            f", every {changed.frame_stride}th frame" if changed.frame_stride > 1 else ""
+        )
+        changed = replace(changed, name=f"{preset.name}, changed", about=about, published=())
     return changed
 
 
