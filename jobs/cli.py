@@ -6,7 +6,8 @@ import typer
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Video latents for diffusion training.")
 
-EXTRA_ENCODE = frozenset({"ray", "av", "psutil", "PIL"})
+OF_EXTRAS = frozenset({"ray", "av", "psutil", "PIL"})
+"""Packages that the extras bring and the modules of verbs import."""
 
 
 def main() -> None:
@@ -18,21 +19,33 @@ def main() -> None:
         from jobs.encode_webvid import encode
         from jobs.settings_reference import settings
     except ModuleNotFoundError as error:
-        if error.name not in EXTRA_ENCODE:
-            raise
-        missing = error.name
-
-        @app.command("encode", help="Needs the extra 'encode': pip install 'cvvae-latents[encode]'.")
-        def encode_unavailable() -> None:
-            typer.echo(
-                f"latents encode needs the extra 'encode' (no module {missing}): pip install 'cvvae-latents[encode]'",
-                err=True,
-            )
-            raise typer.Exit(1)
+        _unavailable("encode", "encode", error)
     else:
         app.command()(encode)
         app.command()(settings)
+    try:
+        from jobs.evaluate_vae import evaluate
+    except ModuleNotFoundError as error:
+        _unavailable("evaluate", "evaluate", error)
+    else:
+        app.command()(evaluate)
     app()
+
+
+def _unavailable(verb: str, extra: str, error: ModuleNotFoundError) -> None:
+    """A verb that says which extra it needs; anything else that is missing is raised."""
+    if error.name not in OF_EXTRAS:
+        raise error
+    missing = error.name
+
+    def unavailable() -> None:
+        typer.echo(
+            f"latents {verb} needs the extra '{extra}' (no module {missing}): pip install 'cvvae-latents[{extra}]'",
+            err=True,
+        )
+        raise typer.Exit(1)
+
+    app.command(verb, help=f"Needs the extra '{extra}': pip install 'cvvae-latents[{extra}]'.")(unavailable)
 
 
 if __name__ == "__main__":

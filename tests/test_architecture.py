@@ -16,6 +16,7 @@ DOORS = {
     "aiobotocore": {"pipeline/s3_client.py"},
     "ray": {"pipeline/dataflow.py", "jobs/cluster.py"},
     "av": {"pipeline/decode/container.py", "pipeline/decode/pyav_backend.py", "jobs/remux.py"},
+    "cv2": {"jobs/evaluate_motion.py"},
     "decord": {"pipeline/decode/decord_backend.py"},
     "webdataset": {"pipeline/formats/webdataset_format.py", "jobs/v2d_shards.py"},
     "yaml": {"jobs/config.py"},
