@@ -110,12 +110,12 @@ def encode_table(spec: VAESpec, video_BCTHW: Tensor, variants: tuple[Variant, ..
     _, _, frames, height, width = video_BCTHW.shape
     table = BenchTable(
         f"encode, {spec.name}, {frames} x {height} x {width}, {rounds} rounds",
-        ("code", "dtype", "layout", "s", "times as fast", "relative RMS", "largest diff.", "golden", "peak MiB"),
+        ("code", "dtype", "layout", "frames/s", "times as fast", "relative RMS", "largest diff.", "golden", "peak MiB"),
         labels=3,
     )
     seconds, moments = _measure(spec, video_BCTHW, variants, rounds)
     for variant in variants:
-        row = [variant.code, variant.dtype, variant.layout, f"{statistics.median(seconds[variant]):.2f}"]
+        row = [variant.code, variant.dtype, variant.layout, f"{frames / statistics.median(seconds[variant]):.2f}"]
         row.append(ratio_text(seconds[PLAIN], seconds[variant]))
         relative, largest = difference(moments[variant], moments[PLAIN])
         row += [f"{relative:.1e}", f"{largest:.1e}", _golden(variant, relative, largest)]
