@@ -149,7 +149,7 @@ class DiffusersVAE(VideoVAE):
 
     def __init__(self, spec: DiffusersSpec) -> None:
         super().__init__(spec)
-        parts = dict(_whole_model(spec).named_children())
+        parts = dict(whole_model(spec).named_children())
         assert set(parts) <= set(PARTS), f"{spec.peer.name} has parts that no adapter drives: {sorted(parts)}"
         for name in PARTS:  # where a class has no such convolution, one that changes nothing and has no keys
             self.add_module(name, parts.get(name, nn.Identity()))
@@ -183,7 +183,7 @@ class DiffusersVAE(VideoVAE):
         return x.contiguous(memory_format=self.memory_format)
 
 
-def _whole_model(spec: DiffusersSpec) -> nn.Module:
+def whole_model(spec: DiffusersSpec) -> nn.Module:
     """The diffusers object that `spec` describes, weights not set."""
     library = _import_diffusers(spec.diffusers)
     return getattr(library, spec.peer.name)(**as_json(spec.arguments))

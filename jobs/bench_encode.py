@@ -110,7 +110,17 @@ def encode_table(spec: VAESpec, video_BCTHW: Tensor, variants: tuple[Variant, ..
     _, _, frames, height, width = video_BCTHW.shape
     table = BenchTable(
         f"encode, {spec.name}, {frames} x {height} x {width}, {rounds} rounds",
-        ("code", "dtype", "layout", "frames/s", "times as fast", "relative RMS", "largest diff.", "golden", "peak MiB"),
+        (
+            "code",
+            "dtype",
+            "layout",
+            "frames/s",
+            "times as fast",
+            "relative RMS",
+            "largest diff.",
+            "golden",
+            "peak MiB",
+        ),
         labels=3,
     )
     seconds, moments = _measure(spec, video_BCTHW, variants, rounds)

@@ -5,7 +5,8 @@
 
 Frames/s and TFLOP/s are of tiles of 17 frames, results left on the GPU. The peak is the best of large square matrix
 products in the same dtype: what this GPU gives in practice, not what its data sheet says. Modes: eager, as the
-pipeline runs (deterministic kernels, no autotuning); autotuned kernels; torch.compile. Every row is timed after its
+pipeline runs (deterministic kernels, no autotuning); autotuned kernels; torch.compile; for the VAEs of diffusers its
+own class called with the same weights. Every row is timed after its
 warm-up, which for torch.compile is the compilation. Prints the start-up probe of 3-D convolutions too. The encoder's
 busy share in the pipeline is in bench_pipeline.py's table. Without a CUDA device it says so and measures nothing.
 """
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, cast
 
 if __name__ == "__main__":  # a script's own folder comes first on its import path; the project's must
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -32,19 +33,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cvvae import VAESpec, build_vae, seeded_vae
 from cvvae.conv_probe import probe_conv3d
+from cvvae.diffusers_vae import DiffusersSpec, whole_model
 from jobs.bench_encode import spec_named
 from jobs.bench_report import BenchTable, machine
 from jobs.measure_precision import difference, smooth_video
 from pipeline.encoder import make_deterministic
 
 Layout = Literal["channels_last", "contiguous"]
-Mode = Literal["eager", "autotuned", "compiled"]
+Mode = Literal["eager", "autotuned", "compiled", "diffusers"]
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 FORMATS: dict[Layout, torch.memory_format] = {
     "channels_last": torch.channels_last_3d,
     "contiguous": torch.contiguous_format,
 }
-MEASURED = ("cvvae-sd21", "ivvae-z4-dim64", "ivvae-z16-dim96")
+MEASURED = ("cvvae-sd21", "ivvae-z4-dim64", "ivvae-z16-dim96", "wan21", "cogvideox-2b")
 FRAMES = 17
 MATMUL_SIDES = (4096, 8192, 16384)
 
@@ -130,7 +132,8 @@ def size_table(
             if rate is not None and (fastest is None or rate > fastest[0]):
                 fastest = rate, setting
         if fastest is not None:
-            for mode in modes:
+            of_diffusers: tuple[Mode, ...] = ("diffusers",) if isinstance(bench.spec, DiffusersSpec) else ()
+            for mode in (*modes, *of_diffusers):
                 bench.row(table, replace(fastest[1], mode=mode), peaks[dtype])
     stated = ", ".join(f"{name} {flops / 1e12:.0f}" for name, flops in peaks.items())
     table.notes.append(
@@ -168,7 +171,9 @@ class GpuBench:
         exact = self._exact_moments(setting.size)
         self._free()
         encode = self._encoder(setting.dtype, setting.layout)
-        if setting.mode == "compiled":
+        if setting.mode == "diffusers":
+            encode = self._diffusers_encoder(setting.dtype)
+        elif setting.mode == "compiled":
             torch.compiler.reset()
             encode = torch.compile(encode)
         video_BCTHW = self._video(setting)
@@ -188,6 +193,14 @@ class GpuBench:
         vae = build_vae(self.spec)
         vae.load_state_dict(self._weights.state_dict())
         return vae.to(self._device, DTYPES[dtype]).use_memory_format(FORMATS[layout]).encode_tile
+
+    def _diffusers_encoder(self, dtype: str) -> Callable[[Tensor], Tensor]:
+        """The class's own `encode`, which keeps its caches on itself."""
+        assert isinstance(self.spec, DiffusersSpec)
+        model = whole_model(self.spec)
+        model.load_state_dict(self._weights.state_dict())
+        model = cast(Any, model.to(self._device, DTYPES[dtype]).eval())
+        return lambda video_BCTHW: model.encode(video_BCTHW).latent_dist.parameters
 
     def _video(self, setting: Setting) -> Tensor:
         one = smooth_video(FRAMES, setting.size, setting.size, seed=0)

@@ -97,6 +97,17 @@ def test_operations_are_those_of_the_paper() -> None:
     assert encode_flops(SPECS["cvvae-sd21"], 1, 256) == pytest.approx(0.53e12, rel=0.01)
 
 
+@pytest.mark.parametrize("name", ["ivvae-z4-tiny", "wan21-tiny", "cogvideox-tiny"])
+def test_every_measured_family_runs_as_the_gpu_table_does(name: str) -> None:
+    device = torch.device("cpu")
+    bench = GpuBench(SPECS[name], device, repeats=1)
+    table = size_table(bench, 16, ["fp32"], [1], {"fp32": 1e12}, modes=())
+    labels = [row[3] for row in table.rows]
+    assert labels == ["eager", "eager"] + ["diffusers"] * (name != "ivvae-z4-tiny")
+    assert all(float(row[-1]) < 1e-5 for row in table.rows), table
+    assert encode_flops(SPECS[name], 17, 16) > 0
+
+
 def test_the_gpu_tables_without_a_gpu() -> None:
     """All but CUDA itself: the same code on a CPU."""
     device = torch.device("cpu")
