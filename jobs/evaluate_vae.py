@@ -29,10 +29,10 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from cvvae import SPECS
-from jobs.evaluate_page import write_page
-from jobs.evaluate_presets import METRICS, PRESETS, ClipShape, Metric, Preset
-from jobs.evaluate_report import REPORT_NAME, print_report, write_report
-from jobs.evaluate_run import Evaluation, NamedVAE, run_evaluation
+from jobs.evaluation.page import write_page
+from jobs.evaluation.presets import METRICS, PRESETS, ClipShape, Metric, Preset
+from jobs.evaluation.report import REPORT_NAME, print_report, write_report
+from jobs.evaluation.run import Evaluation, NamedVAE, run_evaluation
 from jobs.messages import report_errors
 from pipeline.checkpoints import VAESource, load_source
 from pipeline.errors import ConfigError

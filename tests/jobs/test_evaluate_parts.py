@@ -17,13 +17,13 @@ from PIL import Image
 
 from cvvae import SPECS
 from cvvae.i3d import NUM_LOGITS
-from jobs.evaluate_charts import line_chart
-from jobs.evaluate_clips import SourceWindow, WindowReader, find_clips
-from jobs.evaluate_examples import Gallery, picture_uri
-from jobs.evaluate_measure import Figures, Measured
-from jobs.evaluate_motion import MotionMeter, choose_evenly, quantile_edges
-from jobs.evaluate_presets import PRESETS, ClipShape, FittedShape, fit_shape
-from jobs.evaluate_totals import RunningMean, ShapeTotals, motion_table
+from jobs.evaluation.charts import line_chart
+from jobs.evaluation.clips import SourceWindow, WindowReader, find_clips
+from jobs.evaluation.examples import Gallery, picture_uri
+from jobs.evaluation.measure import Figures, Measured
+from jobs.evaluation.motion import MotionMeter, choose_evenly, quantile_edges
+from jobs.evaluation.presets import PRESETS, ClipShape, FittedShape, fit_shape
+from jobs.evaluation.totals import RunningMean, ShapeTotals, motion_table
 from pipeline.decode.pool import DecodePool
 from pipeline.errors import ConfigError, SourceError
 from pipeline.policies import DecodePolicy

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from jobs.evaluate_presets import LOWER_IS_BETTER, METRICS, ClipShape, Metric
+from jobs.evaluation.presets import LOWER_IS_BETTER, METRICS, ClipShape, Metric
 
 REPORT_NAME = "report.json"
 _DECIMALS: dict[str, int] = {"psnr": 2, "psnr_video": 2, "fvd": 2}

@@ -16,12 +16,12 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from cvvae import VideoVAE
 from cvvae.i3d import MIN_FRAMES, NUM_LOGITS
 from cvvae.metrics import group_positions
-from jobs.evaluate_clips import ClipFile, SourceWindow, WindowReader, find_clips
-from jobs.evaluate_examples import Gallery
-from jobs.evaluate_measure import Measure, NonFinite, Posterior
-from jobs.evaluate_motion import FLOW_SIZE, MotionMeter, choose_evenly, quantile_edges
-from jobs.evaluate_presets import ClipShape, FittedShape, Metric, Preset, fit_shape
-from jobs.evaluate_totals import ShapeTotals, motion_table, read_windows, write_window
+from jobs.evaluation.clips import ClipFile, SourceWindow, WindowReader, find_clips
+from jobs.evaluation.examples import Gallery
+from jobs.evaluation.measure import Measure, NonFinite, Posterior
+from jobs.evaluation.motion import FLOW_SIZE, MotionMeter, choose_evenly, quantile_edges
+from jobs.evaluation.presets import ClipShape, FittedShape, Metric, Preset, fit_shape
+from jobs.evaluation.totals import ShapeTotals, motion_table, read_windows, write_window
 from jobs.metric_weights import find_i3d, find_lpips
 from pipeline.decode.pool import DecodePool
 from pipeline.errors import ConfigError, RejectionClass, SourceError

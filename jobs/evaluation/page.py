@@ -8,10 +8,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from jobs.evaluate_charts import legend, line_chart
-from jobs.evaluate_examples import ERROR_GAIN, Example, Gallery
-from jobs.evaluate_presets import LOWER_IS_BETTER, METRICS, Metric
-from jobs.evaluate_report import best_label, measured_metrics, number_text, shape_of, span_text, windows_text
+from jobs.evaluation.charts import legend, line_chart
+from jobs.evaluation.examples import ERROR_GAIN, Example, Gallery
+from jobs.evaluation.presets import LOWER_IS_BETTER, METRICS, Metric
+from jobs.evaluation.report import best_label, measured_metrics, number_text, shape_of, span_text, windows_text
 
 PAGE_NAME = "index.html"
 BY_FRAME: tuple[Metric, ...] = ("psnr", "ssim", "lpips")

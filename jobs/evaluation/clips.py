@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageOps
 
-from jobs.evaluate_presets import ClipShape, FittedShape
+from jobs.evaluation.presets import ClipShape, FittedShape
 from pipeline.decode.blob import Blob
 from pipeline.decode.pool import ClipDone, ClipRetracted, DecodePool, WindowReady
 from pipeline.decode.resize import resizer_for

@@ -13,8 +13,8 @@ import numpy as np
 
 from cvvae.frechet import FeatureStatistics, frechet_distance
 from cvvae.i3d import NUM_LOGITS
-from jobs.evaluate_measure import Measured
-from jobs.evaluate_presets import METRICS, ClipShape, Metric
+from jobs.evaluation.measure import Measured
+from jobs.evaluation.presets import METRICS, ClipShape, Metric
 
 
 @dataclass(slots=True)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from jobs.evaluate_measure import Figures, Measured
-from jobs.evaluate_presets import LOWER_IS_BETTER, ClipShape, Metric
+from jobs.evaluation.measure import Figures, Measured
+from jobs.evaluation.presets import LOWER_IS_BETTER, ClipShape, Metric
 
 MAX_SIDE = 288
 """Longer side of a kept picture, in pixels."""

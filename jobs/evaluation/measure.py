@@ -21,8 +21,8 @@ from cvvae.metrics import (
     ssim_of_frames,
     to_unit_range,
 )
-from jobs.evaluate_clips import SourceWindow
-from jobs.evaluate_presets import Metric
+from jobs.evaluation.clips import SourceWindow
+from jobs.evaluation.presets import Metric
 
 Posterior = Literal["mode", "sample"]
 _LPIPS_PIXELS = 1 << 22

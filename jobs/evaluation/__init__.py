@@ -1,0 +1,1 @@
+"""What `latents evaluate` is made of."""
