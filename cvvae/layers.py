@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cvvae.exact_norm import can_norm_exactly, group_norm_silu
 from cvvae.fast_conv import FastConv3d
@@ -36,10 +37,13 @@ class NamedSequence(nn.Module):
     """Runs blocks in order, each registered under the dotted name that its checkpoint gives it.
 
     So a whole encoder is a list of (name, block), and the key table of a checkpoint is readable in one place.
+    `recomputes_blocks` is gradient checkpointing: a backward pass keeps the input of each block only and runs the
+    block again, with the same numbers.
     """
 
     def __init__(self, blocks: Iterable[tuple[str, nn.Module]]) -> None:
         super().__init__()
+        self.recomputes_blocks = False
         order: list[str] = []
         for path, block in blocks:
             register(self, path, block)
@@ -48,7 +52,12 @@ class NamedSequence(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for path in self.order:
-            x = self.get_submodule(path)(x)
+            block = self.get_submodule(path)
+            if self.recomputes_blocks and torch.is_grad_enabled():
+                # no block draws random numbers
+                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x)
         return x
 
 

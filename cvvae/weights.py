@@ -47,11 +47,11 @@ def load_vae(
     """
     config_file, weight_file = _find_files(Path(path))
     digest = weights_sha256(weight_file)
-    tensors = _read_tensors(weight_file)
+    tensors = read_tensors(weight_file)
     if config_file is None:
         spec = spec_of_tensors(tensors, where=str(weight_file))
     else:
-        spec = spec_of_config(_read_config(config_file), where=str(config_file))
+        spec = spec_of_config(read_config(config_file), where=str(config_file))
         spec = family_of(spec).spec_with_tensors(spec, tensors, where=str(weight_file))
     with torch.device("meta"):  # no memory and no time for an initialisation that is overwritten
         vae = _construct(spec)
@@ -181,7 +181,8 @@ def _find_files(path: Path) -> tuple[Path | None, Path]:
     return (config_file if config_file.is_file() else None), weight_file
 
 
-def _read_config(file: Path) -> dict[str, Any]:
+def read_config(file: Path) -> dict[str, Any]:
+    """A config.json. ValueError if it is no JSON object."""
     try:
         config = json.loads(file.read_text())
     except ValueError as error:
@@ -191,7 +192,7 @@ def _read_config(file: Path) -> dict[str, Any]:
     return config
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
+def read_tensors(file: Path) -> dict[str, Tensor]:
     """All tensors of a weight file that belong to a model: training-only ones (loss, frozen 2-D decoder) left out."""
     try:
         if file.suffix == ".safetensors":
