@@ -33,17 +33,28 @@ def register(parent: nn.Module, path: str, child: nn.Module) -> None:
     parent.add_module(leaf, child)
 
 
-class NamedSequence(nn.Module):
+class Recomputable(nn.Module):
+    """A sequence of blocks that knows gradient checkpointing: see `set_recomputation`."""
+
+    recomputes_blocks = False
+    """A backward pass keeps the input of each block only and runs the block again, with the same numbers."""
+
+
+def set_recomputation(model: nn.Module, recomputes_blocks: bool) -> None:
+    """Turns gradient checkpointing of blocks on or off in every part of a model that has it."""
+    for module in model.modules():
+        if isinstance(module, Recomputable):
+            module.recomputes_blocks = recomputes_blocks
+
+
+class NamedSequence(Recomputable):
     """Runs blocks in order, each registered under the dotted name that its checkpoint gives it.
 
     So a whole encoder is a list of (name, block), and the key table of a checkpoint is readable in one place.
-    `recomputes_blocks` is gradient checkpointing: a backward pass keeps the input of each block only and runs the
-    block again, with the same numbers.
     """
 
     def __init__(self, blocks: Iterable[tuple[str, nn.Module]]) -> None:
         super().__init__()
-        self.recomputes_blocks = False
         order: list[str] = []
         for path, block in blocks:
             register(self, path, block)

@@ -121,7 +121,7 @@ def test_time_attention_starts_near_the_identity(video):
 
 
 def padded_as_in_sd3(image_vae):
-    """What the SD3 layout does: edges repeated but in each block's second convolution, downsamplers padded all round."""
+    """As the SD3 layout: edges repeated but in each block's second convolution, downsamplers padded all round."""
     padded = copy.deepcopy(image_vae)
     for parent in list(padded.modules()):
         for name, child in list(parent.named_children()):
