@@ -60,6 +60,16 @@ class LossWeights:
         return self.adversarial > 0 and step >= self.adversarial_start
 
 
+LOSS_WEIGHTS: dict[str, LossWeights] = {
+    "cv-vae": LossWeights(),
+    "cv-vae-equations": LossWeights(pixel_error="squared", log_variance="fixed"),
+    "iv-vae": LossWeights(log_variance="fixed", perceptual=1.0, kl=1e-6, adversarial=0.0),
+    "iv-vae-last-stage": LossWeights(log_variance="fixed", perceptual=1.0, kl=1e-6, adversarial=0.5),
+}
+"""Recipes. IV-VAE (arXiv 2411.06449) trains with MAE, LPIPS and KL, and with a GAN in its last stage only; its
+weights were not at hand, so these are LDM's."""
+
+
 def _unchanged(gradient: Tensor) -> Tensor:
     return gradient
 
