@@ -16,6 +16,7 @@ def main() -> None:
     app.command()(verify)
     try:
         from jobs.encode_webvid import encode
+        from jobs.finetune_verbs import app as finetune
         from jobs.settings_reference import settings
     except ModuleNotFoundError as error:
         if error.name not in EXTRA_ENCODE:
@@ -32,6 +33,7 @@ def main() -> None:
     else:
         app.command()(encode)
         app.command()(settings)
+        app.add_typer(finetune, name="finetune")
     app()
 
 

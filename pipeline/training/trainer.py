@@ -104,12 +104,15 @@ class _Run:
         self._figures: dict[str, list[float]] = {}
         self._last: Figures = {}
         self._scored_at = -1
-        self._clock = time.monotonic()
+        self._logged = 0, time.monotonic()
+        """The step of the last row, and when it was."""
 
     def run(self) -> RunResult:
         settings, workers = self.settings, self.workers
-        if workers.is_first:
-            _claim(self.store, settings)
+        # every worker ends over what the first one finds, or the others would wait for it
+        refused = workers.first_says(_claim(self.store, settings) if workers.is_first else None)
+        if refused is not None:
+            raise IdentityMismatch(refused)
         shards = {source.name: plan_shards(source) for source in settings.data.sources}
         self.players, self.provenance = build_players(settings, workers.device)
         self.stepper = self._stepper()
@@ -136,6 +139,7 @@ class _Run:
                 rank=workers.rank,
                 num_workers=workers.size,
             )
+            self._logged = self.progress.step, time.monotonic()
             for batch in stack.enter_context(loader):
                 self._step(batch)
             return self._finish()
@@ -148,9 +152,9 @@ class _Run:
         figures = self._train(batch)
         self._note(batch, figures)
         done = self.progress.step
-        if done % keep.log_every == 0:
-            self._log(done)
         last = done == self.settings.loop.steps
+        if done % keep.log_every == 0 or last:
+            self._log(done)
         if done % keep.evaluate_every == 0 or last:
             self._evaluate(done)
         if done % keep.checkpoint_every == 0 or last:
@@ -198,8 +202,8 @@ class _Run:
         for name in self.stepper.optimizers:
             means[f"{name}_rate"] = rate_at(getattr(self.settings, name), step - 1, self.settings.loop.steps)
         now = time.monotonic()
-        means["steps_per_second"] = self.settings.keep.log_every / (now - self._clock)
-        self._clock = now
+        means["steps_per_second"] = (step - self._logged[0]) / (now - self._logged[1])
+        self._logged = step, now
         self._last |= means
         if self.reports is not None:
             self.reports.add(step, means)
@@ -340,18 +344,17 @@ class _Run:
         return RunResult(self.progress.step, self._last, self.store.full_url("export"))
 
 
-def _claim(store: Store, settings: TrainSettings) -> None:
-    """Write run.json, or see that the run here is this one. IdentityMismatch names the settings that differ."""
+def _claim(store: Store, settings: TrainSettings) -> str | None:
+    """Write run.json, or see that the run here is this one: what is wrong, naming the settings that differ."""
     store.require_conditional_writes()
-    identity = settings.identity()
-    document = {"format": RUN_FORMAT, "identity": portable(identity)}
+    document = {"format": RUN_FORMAT, "identity": portable(settings.identity())}
     if store.create(RUN_FILE, json.dumps(document, indent=1).encode()):
-        return
+        return None
     there = json.loads(store.read_bytes(RUN_FILE))
     if there == document:
-        return
+        return None
     differing = _differences(there.get("identity", {}), document["identity"])
-    raise IdentityMismatch(
+    return (
         f"{store.full_url('')}: the run there has other settings: {'; '.join(differing)}. Give another output.url, "
         "or the settings it was begun with"
     )
