@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cvvae.image_vae import NORM_GROUPS, NUM_RES_BLOCKS, ImageVAE
-from cvvae.weights import CONFIG_NAME, check_tensors, read_config, read_tensors, weights_sha256
+from cvvae.weights import CONFIG_NAME, check_tensors, file_sha256, read_config, read_tensors
 
 CLASS_NAME = "AutoencoderKL"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
@@ -84,7 +84,7 @@ def load_image_vae(
         vae=vae.eval().requires_grad_(False),
         scaling_factor=scale[0],
         shift_factor=scale[1],
-        weights_sha256=weights_sha256(weight_file),
+        weights_sha256=file_sha256(weight_file),
     )
 
 

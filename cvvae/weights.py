@@ -107,9 +107,7 @@ def weights_sha256(source: str | os.PathLike[str] | nn.Module) -> str:
     kinds differ for the same weights: a file's hash also covers its container.
     """
     if not isinstance(source, nn.Module):
-        _, weight_file = _find_files(Path(source))
-        with weight_file.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(_find_files(Path(source))[1])
     digest = hashlib.sha256()
     for key, tensor in sorted(source.state_dict().items()):
         digest.update(f"{key}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
@@ -117,6 +115,12 @@ def weights_sha256(source: str | os.PathLike[str] | nn.Module) -> str:
         data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
         digest.update(memoryview(data.numpy()))
     return digest.hexdigest()
+
+
+def file_sha256(file: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def check_tensors(

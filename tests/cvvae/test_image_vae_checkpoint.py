@@ -119,6 +119,14 @@ def test_diffusers_folders_with_and_without_scale(old_attention_names, vae, vide
     assert (loaded.scaling_factor, loaded.shift_factor) == (1.5, 0.1)
 
 
+def test_a_folder_may_hold_a_pickled_state_dict_and_must_hold_one(vae, video, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    with pytest.raises(ValueError, match=r"expected .* or diffusion_pytorch_model\.bin, got \['config\.json'\]"):
+        load_image_vae(tmp_path)
+    torch.save(vae.state_dict(), tmp_path / "diffusion_pytorch_model.bin")
+    assert_same(load_image_vae(tmp_path), vae, video)
+
+
 def test_without_quant_convolutions_as_sd3_has_it(vae, video, tmp_path):
     state = {key: value for key, value in vae.state_dict().items() if "quant_conv" not in key}
     safetensors.torch.save_file(state, tmp_path / "vae.safetensors")

@@ -2,14 +2,18 @@
 
 import copy
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 
-from cvvae import SPECS, seeded_vae
+from cvvae import SPECS, DiagonalGaussian, seeded_vae
+from cvvae.discriminator import PatchDiscriminator3d
 from cvvae.image_vae import ImageVAE
 from cvvae.iv_vae_layers import ResBlock as BranchResBlock
 from cvvae.layers import ResBlock, set_recomputation
+from cvvae.losses import LossWeights, VAELoss
+from cvvae.regularization import Regularization, forward_pass
 
 
 def pass_and_gradients(vae, clip):
@@ -42,6 +46,36 @@ def test_numbers_and_gradients_are_equal(name, video):
         else:
             torch.testing.assert_close(gradients_again[key], expected, rtol=1e-5, atol=1e-6)
     assert runs_again == Counter({block: 2 * count for block, count in runs.items()})
+
+
+def test_the_whole_loss_with_its_adaptive_weight_is_the_same(video):
+    """The adaptive weight takes gradients of its own before the backward pass, through the recomputed blocks."""
+    torch.manual_seed(0)
+    discriminator = PatchDiscriminator3d(width=32).requires_grad_(False)
+    image_vae = ImageVAE(in_channels=3, latent_channels=4, widths=(32, 32, 32, 32)).requires_grad_(False)
+    clip, results = video(1, 5, 16, 16), []
+    for recomputes in (False, True):
+        vae = seeded_vae(replace(SPECS["cvvae-sd21-tiny"], widths=(32, 32, 32, 32)), seed=3).train()
+        for module in (vae, image_vae):
+            set_recomputation(module, recomputes)
+        module = VAELoss(LossWeights(), Regularization(mapping="slice"))
+        forward = forward_pass(vae, clip, module.regularization, image_vae=image_vae, draw=DiagonalGaussian.mode)
+        loss, metrics = module.generator_loss(
+            forward.video_BCTHW,
+            forward.posterior,
+            forward.reconstruction_BCTHW,
+            step=1,
+            decoder_side=forward.decoder_side,
+            discriminator=discriminator,
+            last_layer=vae.decoder.conv_out.weight,
+        )
+        loss.backward()
+        results.append((metrics, {name: parameter.grad for name, parameter in vae.named_parameters()}))
+    (metrics, gradients), (metrics_again, gradients_again) = results
+    assert metrics["adversarial_weight"] > 0
+    assert metrics_again == pytest.approx(metrics)
+    for key, expected in gradients.items():
+        torch.testing.assert_close(gradients_again[key], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_without_gradients_nothing_runs_twice_and_the_switch_goes_back(video):
