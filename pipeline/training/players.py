@@ -6,7 +6,6 @@ import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -174,7 +173,7 @@ def _perceptual(settings: LossSettings, device: torch.device) -> PerceptualDista
     except ModuleNotFoundError as error:
         raise ConfigError("loss.perceptual: this build has no LPIPS (cvvae/lpips.py); set it to 0") from error
     with _about("loss.lpips_weights"):
-        return module.load_lpips(Path(settings.lpips_weights), "vgg").to(device)
+        return module.load_lpips(fetch_checkpoint(settings.lpips_weights), "vgg").to(device)
 
 
 def _check_lengths(settings: TrainSettings, model: VideoVAE) -> None:
