@@ -78,6 +78,8 @@ _SD3 = replace(
     shift_factor=0.0609,
 )
 _TINY_WIDTHS = (32, 64, 128, 128)
+_TIME_STRIDES = (2, 8)
+"""Other temporal compressions than the released models' 4. Nobody published weights of those."""
 
 CVVAE_SPECS: dict[str, CVVAESpec] = {
     spec.name: spec
@@ -85,6 +87,11 @@ CVVAE_SPECS: dict[str, CVVAESpec] = {
         _SD21,
         replace(_SD21, name="cvvae-sd21-full3d", half_3d=False),
         _SD3,
+        *(replace(_SD21, name=f"cvvae-sd21-t{stride}", time_stride=stride) for stride in _TIME_STRIDES),
+        *(
+            replace(_SD21, name=f"cvvae-sd21-t{stride}-tiny", time_stride=stride, widths=_TINY_WIDTHS)
+            for stride in _TIME_STRIDES
+        ),
         replace(_SD21, name="cvvae-sd21-tiny", widths=_TINY_WIDTHS),
         replace(_SD21, name="cvvae-sd21-full3d-tiny", half_3d=False, widths=_TINY_WIDTHS),
         replace(_SD3, name="cvvae-sd3-tiny", widths=_TINY_WIDTHS),

@@ -35,6 +35,9 @@ class ImageVAE(nn.Module):
     def __init__(self, *, in_channels: int, latent_channels: int, widths: Sequence[int]) -> None:
         """`widths` are the channels of each level, finest first: multiples of 32."""
         super().__init__()
+        self.in_channels = in_channels
+        self.latent_channels = latent_channels
+        self.widths = tuple(widths)
         self.encoder = NamedSequence(_encoder_blocks(in_channels, 2 * latent_channels, widths))
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)

@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cvvae.fast_conv import FastConv3d
 from cvvae.group_causal_conv import empty_channels_last, group_causal_conv
-from cvvae.layers import attention, batch_to_frames, channels_to_frames, frames_to_batch, register
+from cvvae.layers import Recomputable, attention, batch_to_frames, channels_to_frames, frames_to_batch, register
 from cvvae.vae import StreamState
 
 NORM_EPS = 1e-12
@@ -61,6 +62,23 @@ class Stream:
         self._after.append(kept.clone(memory_format=torch.channels_last_3d))
         return previous
 
+    def recomputed(self, block: nn.Module, x_BCTHW: Tensor) -> Tensor:
+        """`block(x, self)`, of which only the inputs are kept for a backward pass, which runs the block again.
+
+        The second run must not touch this stream, so the block gets its part of the state as tensors and answers so.
+        """
+        start = len(self._after)
+        count = sum(isinstance(module, BranchConv) and module.frames_kept > 0 for module in block.modules())
+        before = () if self._before is None else self._before[start : start + count]
+
+        def run(x_BCTHW: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+            part = Stream(None if self.is_first else state)
+            return block(x_BCTHW, part), *part.finish()
+
+        x_BCTHW, *after = checkpoint(run, x_BCTHW, *before, use_reentrant=False, preserve_rng_state=False)
+        self._after += after
+        return x_BCTHW
+
     def finish(self) -> StreamState:
         """What the next chunk continues from."""
         return tuple(self._after)
@@ -80,9 +98,20 @@ class BlockSequence(nn.Module):
         return x_BCTHW
 
 
-def numbered(blocks: Iterable[nn.Module]) -> BlockSequence:
+class NumberedBlocks(BlockSequence, Recomputable):
     """Blocks that the checkpoint calls 0, 1, 2, ..."""
-    return BlockSequence(**{str(number): block for number, block in enumerate(blocks)})
+
+    def forward(self, x_BCTHW: Tensor, stream: Stream) -> Tensor:
+        if not (self.recomputes_blocks and torch.is_grad_enabled()):
+            return super().forward(x_BCTHW, stream)
+        for block in self.children():
+            x_BCTHW = stream.recomputed(block, x_BCTHW)
+        return x_BCTHW
+
+
+def numbered(blocks: Iterable[nn.Module]) -> NumberedBlocks:
+    """The blocks in running order."""
+    return NumberedBlocks(**{str(number): block for number, block in enumerate(blocks)})
 
 
 # --- convolutions of kernel 3, which keep the size ---------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cvvae.exact_norm import can_norm_exactly, group_norm_silu
 from cvvae.fast_conv import FastConv3d
@@ -32,7 +33,21 @@ def register(parent: nn.Module, path: str, child: nn.Module) -> None:
     parent.add_module(leaf, child)
 
 
-class NamedSequence(nn.Module):
+class Recomputable(nn.Module):
+    """A sequence of blocks that knows gradient checkpointing: see `set_recomputation`."""
+
+    recomputes_blocks = False
+    """A backward pass keeps the input of each block only and runs the block again, with the same numbers."""
+
+
+def set_recomputation(model: nn.Module, recomputes_blocks: bool) -> None:
+    """Turns gradient checkpointing of blocks on or off in every part of a model that has it."""
+    for module in model.modules():
+        if isinstance(module, Recomputable):
+            module.recomputes_blocks = recomputes_blocks
+
+
+class NamedSequence(Recomputable):
     """Runs blocks in order, each registered under the dotted name that its checkpoint gives it.
 
     So a whole encoder is a list of (name, block), and the key table of a checkpoint is readable in one place.
@@ -48,7 +63,12 @@ class NamedSequence(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for path in self.order:
-            x = self.get_submodule(path)(x)
+            block = self.get_submodule(path)
+            if self.recomputes_blocks and torch.is_grad_enabled():
+                # no block draws random numbers
+                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x)
         return x
 
 

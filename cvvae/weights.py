@@ -47,11 +47,11 @@ def load_vae(
     """
     config_file, weight_file = _find_files(Path(path))
     digest = weights_sha256(weight_file)
-    tensors = _read_tensors(weight_file)
+    tensors = read_tensors(weight_file)
     if config_file is None:
         spec = spec_of_tensors(tensors, where=str(weight_file))
     else:
-        spec = spec_of_config(_read_config(config_file), where=str(config_file))
+        spec = spec_of_config(read_config(config_file), where=str(config_file))
         tensors = family_of(spec).with_known_keys(tensors)
         spec = family_of(spec).spec_with_tensors(spec, tensors, where=str(weight_file))
     with torch.device("meta"):  # no memory and no time for an initialisation that is overwritten
@@ -108,9 +108,7 @@ def weights_sha256(source: str | os.PathLike[str] | nn.Module) -> str:
     kinds differ for the same weights: a file's hash also covers its container.
     """
     if not isinstance(source, nn.Module):
-        _, weight_file = _find_files(Path(source))
-        with weight_file.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(_find_files(Path(source))[1])
     digest = hashlib.sha256()
     for key, tensor in sorted(source.state_dict().items()):
         digest.update(f"{key}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
@@ -118,6 +116,12 @@ def weights_sha256(source: str | os.PathLike[str] | nn.Module) -> str:
         data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
         digest.update(memoryview(data.numpy()))
     return digest.hexdigest()
+
+
+def file_sha256(file: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def check_tensors(
@@ -182,7 +186,8 @@ def _find_files(path: Path) -> tuple[Path | None, Path]:
     return (config_file if config_file.is_file() else None), weight_file
 
 
-def _read_config(file: Path) -> dict[str, Any]:
+def read_config(file: Path) -> dict[str, Any]:
+    """A config.json. ValueError if it is no JSON object."""
     try:
         config = json.loads(file.read_text())
     except ValueError as error:
@@ -192,7 +197,7 @@ def _read_config(file: Path) -> dict[str, Any]:
     return config
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
+def read_tensors(file: Path) -> dict[str, Tensor]:
     """All tensors of a weight file that belong to a model: training-only ones (loss, frozen 2-D decoder) left out."""
     try:
         if file.suffix == ".safetensors":

@@ -17,12 +17,14 @@ def main() -> None:
     app.command()(verify)
     try:
         from jobs.encode_webvid import encode
+        from jobs.finetune_verbs import app as finetune
         from jobs.settings_reference import settings
     except ModuleNotFoundError as error:
         _unavailable("encode", "encode", error)
     else:
         app.command()(encode)
         app.command()(settings)
+        app.add_typer(finetune, name="finetune")
     try:
         from jobs.evaluate_vae import evaluate
     except ModuleNotFoundError as error:

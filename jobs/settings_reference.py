@@ -1,6 +1,7 @@
-"""Every setting of the encode config, as docs/config.md: made from the models, so that it cannot fall behind.
+"""Every setting of a config, as docs/config.md: made from the models, so that it cannot fall behind.
 
 latents settings > docs/config.md
+latents settings finetune > docs/finetune-config.md
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 import sys
 import types
 from collections.abc import Iterator
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -23,6 +25,7 @@ if __name__ == "__main__":  # a script's own folder comes first on its import pa
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from jobs.config import EncodeConfig
+from jobs.finetune_config import FinetuneConfig
 
 HEAD = """\
 # Settings
@@ -34,27 +37,49 @@ an error. Relative local paths start at the folder the job is started in. Quote 
 `uri: "{path}"`. Credentials never stand in a config: [storage.md](storage.md).
 """
 
+FINETUNE_HEAD = """\
+# Settings of the finetune job
 
-def settings() -> None:
-    """Print every setting of the encode config, with its default and meaning."""
-    print(reference(), end="")
+Every setting of `configs/finetune/*.yaml`. Made by `latents settings finetune`; a test compares. How they work
+together: [finetune.md](finetune.md). `--set` and paths: as in [config.md](config.md).
+"""
+
+
+class Job(StrEnum):
+    """The jobs that have a config."""
+
+    ENCODE = "encode"
+    FINETUNE = "finetune"
+
+
+def settings(job: Annotated[Job, typer.Argument(help="Whose config.")] = Job.ENCODE) -> None:
+    """Print every setting of a config, with its default and meaning."""
+    print(reference() if job is Job.ENCODE else finetune_reference(), end="")
 
 
 def reference() -> str:
     """The text of docs/config.md."""
-    return "\n".join([HEAD, *_sections()])
+    return "\n".join([HEAD, *_sections(EncodeConfig)])
 
 
-def _sections() -> Iterator[str]:
-    for name, field in EncodeConfig.model_fields.items():
+def finetune_reference() -> str:
+    """The text of docs/finetune-config.md."""
+    return "\n".join([FINETUNE_HEAD, *_sections(FinetuneConfig)])
+
+
+def _sections(config: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in config.model_fields.items():
         for model in _models_in(field.annotation):
             kind = model.model_fields.get("kind")
-            yield f"## `{name}`" + (f" with `kind: {kind.default}`" if kind else "") + "\n"
+            is_one_of_several = kind is not None and len(get_args(kind.annotation)) == 1
+            title = f"## `{prefix}{name}`"
+            yield title + (f" with `kind: {kind.default}`" if kind is not None and is_one_of_several else "") + "\n"
             if model.__doc__:
                 yield inspect.cleandoc(model.__doc__) + "\n"
             yield "| setting | type | default | meaning |\n|---|---|---|---|"
-            yield from (_row(f"{name}.{setting}", each) for setting, each in model.model_fields.items())
+            yield from (_row(f"{prefix}{name}.{setting}", each) for setting, each in model.model_fields.items())
             yield ""
+            yield from _sections(model, f"{prefix}{name}.")
 
 
 def _row(name: str, field: FieldInfo) -> str:

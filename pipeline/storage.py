@@ -212,6 +212,14 @@ class Store:
                 return
             replace_file(Path(self.path(name)), content, self._staging)
 
+    def remove(self, name: str) -> None:
+        """Remove an object; nothing happens if it is absent."""
+        with writing(self.full_url(name)):
+            try:
+                self._fs.rm_file(self.path(name))
+            except FileNotFoundError:
+                return
+
     def _upload(self, path: str, content: bytes | Path, **options: Any) -> None:
         if isinstance(content, Path):
             if self.protocol in S3_PROTOCOLS:

@@ -39,7 +39,7 @@ class DecodeChild:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "pipeline.decode.child", str(theirs.fileno()), str(os.getpid())],
                 pass_fds=(theirs.fileno(),),
-                env=_environment(),
+                env=child_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
@@ -177,7 +177,7 @@ class Limits:
             raise ClipError(RejectionClass.OUT_OF_MEMORY, "decode", message)
 
 
-def _environment() -> dict[str, str]:
+def child_environment() -> dict[str, str]:
     """Ours, with our import path: the child finds the same packages wherever it runs."""
     path = [str(Path(entry).absolute()) for entry in sys.path]
     threads = dict.fromkeys(_ONE_THREAD, "1")
