@@ -166,8 +166,10 @@ class _Run:
         if has_gan and alternates and batch.step % 2:
             return self.stepper.discriminator_step(batch)
         figures, reconstructions = self.stepper.generator_step(batch)
-        if not math.isfinite(figures["loss"]):
-            raise PipelineError(f"step {batch.step}: the loss is {figures['loss']}; the last checkpoint stands")
+        for name in ("loss", "gradient_norm"):
+            # scaled gradients may overflow: the scaler then leaves the step out
+            if not math.isfinite(figures[name]) and not (name == "gradient_norm" and self.precision.scaled):
+                raise PipelineError(f"step {batch.step}: {name} is {figures[name]}; the last checkpoint stands")
         if self.average is not None:
             self.average.update(self.players.model)
         if has_gan and not alternates:
