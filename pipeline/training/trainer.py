@@ -273,10 +273,10 @@ class _Run:
             "scalers": {name: scaler.state_dict() for name, scaler in self.stepper.scalers.items()},
             "figures": self._last,
         }
+        self.reports.write()  # before: rows after a checkpoint are dropped by who resumes, rows before it are gone
         save_state(self.store, TrainState(step=self.progress.step, tensors=self._tensors(), document=document))
         best = self.progress.best[0] if self.progress.best else None
         prune(self.store, keep_last=self.settings.keep.keep_last, best=best)
-        self.reports.write()
 
     def _tensors(self) -> dict[str, Any]:
         parts = {"model": self.players.model, "loss": self.players.loss, "judge": self.players.discriminator}
