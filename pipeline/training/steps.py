@@ -18,6 +18,7 @@ from cvvae import DiagonalGaussian, VideoVAE
 from cvvae.image_vae import ImageVAE
 from cvvae.losses import PerceptualDistance, VAELoss
 from cvvae.regularization import Forward, forward_pass
+from pipeline.errors import ConfigError
 from pipeline.policies import DTypeName
 from pipeline.training.batches import Batch, to_video
 from pipeline.training.workers import Workers
@@ -50,6 +51,13 @@ class Precision:
     """Autocast, and the loss scaling that float16 needs."""
 
     def __init__(self, name: DTypeName, device: torch.device) -> None:
+        """ConfigError for half precision on a CPU."""
+        if name != "float32" and device.type == "cpu":
+            # weight gradients of small bf16 convolutions then held uninitialised memory, run by run another value,
+            # sometimes finite and 1e35 (torch 2.13.0, AVX512 with bf16, 2 x 2 positions)
+            raise ConfigError(
+                f"loop.precision: expected float32 on a CPU, got {name}: its gradients are not right there"
+            )
         self._device, self._dtype = device.type, DTYPES[name]
         self.scaled = name == "float16"
 

@@ -166,8 +166,10 @@ class _Run:
         if has_gan and alternates and batch.step % 2:
             return self.stepper.discriminator_step(batch)
         figures, reconstructions = self.stepper.generator_step(batch)
-        if not math.isfinite(figures["loss"]):
-            raise PipelineError(f"step {batch.step}: the loss is {figures['loss']}; the last checkpoint stands")
+        for name in ("loss", "gradient_norm"):
+            # scaled gradients may overflow: the scaler then leaves the step out
+            if not math.isfinite(figures[name]) and not (name == "gradient_norm" and self.precision.scaled):
+                raise PipelineError(f"step {batch.step}: {name} is {figures[name]}; the last checkpoint stands")
         if self.average is not None:
             self.average.update(self.players.model)
         if has_gan and not alternates:
@@ -271,10 +273,10 @@ class _Run:
             "scalers": {name: scaler.state_dict() for name, scaler in self.stepper.scalers.items()},
             "figures": self._last,
         }
+        self.reports.write()  # before: rows after a checkpoint are dropped by who resumes, rows before it are gone
         save_state(self.store, TrainState(step=self.progress.step, tensors=self._tensors(), document=document))
         best = self.progress.best[0] if self.progress.best else None
         prune(self.store, keep_last=self.settings.keep.keep_last, best=best)
-        self.reports.write()
 
     def _tensors(self) -> dict[str, Any]:
         parts = {"model": self.players.model, "loss": self.players.loss, "judge": self.players.discriminator}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import signal
 import subprocess
@@ -18,11 +17,12 @@ import torch
 from safetensors.torch import load_file
 
 from cvvae import load_vae
-from pipeline.errors import ConfigError, IdentityMismatch
+from pipeline.errors import ConfigError, IdentityMismatch, PipelineError
 from pipeline.storage import Store
 from pipeline.training.settings import TrainSettings
 from pipeline.training.train_state import load_state, saved_steps
 from pipeline.training.trainer import train
+from pipeline.training.workers import Workers
 
 PROJECT = Path(__file__).resolve().parents[3]
 Run = Callable[..., TrainSettings]
@@ -67,7 +67,7 @@ class StopAt:
     def evaluated(self, step: int, figures: dict[str, float]) -> None: ...
 
 
-@pytest.mark.parametrize("alternate", ["parity", "both"])
+@pytest.mark.parametrize("alternate", ["parity", pytest.param("both", marks=pytest.mark.slow)])
 def test_a_resumed_run_is_the_unbroken_one(tiny_run: Run, alternate: str) -> None:
     sections = {"loss": GAN, "loop": {"ema_decay": 0.9, "alternate": alternate}}
     unbroken, broken = tiny_run("unbroken", **sections), tiny_run("broken", **sections)
@@ -162,10 +162,8 @@ def test_two_workers_are_one(tiny_run: Run, tmp_path: Path) -> None:
 
 
 def test_it_learns_and_exports_what_it_learned(tiny_run: Run) -> None:
-    data = tiny_run().data
-    stills = {"sources": [{**data.sources[0].model_dump(), "batch_size": 4}], "held_out_samples": 4}
     settings = tiny_run(
-        data=stills,
+        generator={"lr": 3e-3, "warmup_steps": 4},
         loop={"steps": 40, "ema_decay": 0.8},
         keep={"checkpoint_every": 20, "evaluate_every": 20, "log_every": 5, "tensorboard": True},
     )
@@ -173,8 +171,9 @@ def test_it_learns_and_exports_what_it_learned(tiny_run: Run) -> None:
     table = rows(settings)
     l1 = [float(row["l1"]) for row in table if row.get("l1")]
     scores = {int(row["step"]): float(row["held_out_psnr"]) for row in table if row["held_out_psnr"]}
-    assert l1[-1] < 0.9 * l1[0]
-    assert scores[40] > scores[0] + 0.5
+    assert sum(l1[4:]) / 4 < 0.85 * l1[0], "over batches of other clips, so a mean of several"
+    assert scores[40] > scores[20] > scores[0] + 1
+    assert scores[40] > scores[0] + 2
     folder = Path(settings.output.url)
     assert len(list((folder / "pictures").iterdir())) == 3
     assert len(list((folder / "tensorboard").iterdir())) == 1
@@ -195,6 +194,7 @@ def test_another_runs_folder_is_refused(tiny_run: Run) -> None:
         train(tiny_run(loop={"steps": 1}, generator={"lr": 0.1}))
 
 
+@pytest.mark.slow
 def test_a_longer_run_goes_on_from_a_finished_one(tiny_run: Run) -> None:
     settings = tiny_run(generator={"schedule": "constant"}, loop={"steps": 2})
     train(settings)
@@ -214,10 +214,24 @@ def test_a_length_that_the_vae_does_not_take(tiny_run: Run) -> None:
         train(tiny_run(data=six))
 
 
-def test_bfloat16_trains_and_float32_weights_stay(tiny_run: Run) -> None:
-    settings = tiny_run(loop={"steps": 2, "precision": "bfloat16"}, keep={"evaluate_every": 2})
-    train(settings)
-    assert {value.dtype for name, value in tensors(settings, 2).items()} == {torch.float32}
+def test_half_precision_is_refused_on_a_cpu(tiny_run: Run) -> None:
+    with pytest.raises(ConfigError, match=r"loop\.precision: expected float32 on a CPU, got bfloat16"):
+        train(tiny_run(loop={"precision": "bfloat16"}))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_on_a_gpu(tiny_run: Run, precision: str) -> None:
+    settings = tiny_run(loop={"steps": 4, "precision": precision}, loss=GAN, keep={"evaluate_every": 4})
+    train(settings, Workers(device=torch.device("cuda")))
+    assert {value.dtype for value in tensors(settings, 4).values()} == {torch.float32}
     (weights,) = (Path(settings.output.url) / "export").glob("*.safetensors")
     assert all(torch.isfinite(value).all() for value in load_file(weights).values())
-    assert json.loads((Path(settings.output.url) / "run.json").read_text())["format"] == 1
+
+
+def test_a_gradient_that_is_no_number_ends_the_run(tiny_run: Run) -> None:
+    settings = tiny_run(generator={"lr": 1e30, "warmup_steps": 0})
+    with pytest.raises(
+        PipelineError, match=r"step \d: (loss|gradient_norm) is (nan|inf); the last checkpoint stands"
+    ):
+        train(settings)
