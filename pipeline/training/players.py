@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +19,7 @@ from cvvae.iv_vae import IVVAE, IVVAESpec
 from cvvae.keyframe_inflation import inflate_keyframes
 from cvvae.layers import set_recomputation
 from cvvae.losses import PerceptualDistance, VAELoss
+from cvvae.lpips import load_lpips
 from cvvae.regularization import Regularization
 from pipeline.checkpoints import fetch_checkpoint
 from pipeline.errors import ConfigError
@@ -168,12 +167,8 @@ def _perceptual(settings: LossSettings, device: torch.device) -> PerceptualDista
     if not settings.perceptual:
         return None
     assert settings.lpips_weights is not None, "the settings' own check"
-    try:
-        module: Any = importlib.import_module("cvvae.lpips")
-    except ModuleNotFoundError as error:
-        raise ConfigError("loss.perceptual: this build has no LPIPS (cvvae/lpips.py); set it to 0") from error
     with _about("loss.lpips_weights"):
-        return module.load_lpips(fetch_checkpoint(settings.lpips_weights), "vgg").to(device)
+        return load_lpips(fetch_checkpoint(settings.lpips_weights), "vgg").to(device)
 
 
 def _check_lengths(settings: TrainSettings, model: VideoVAE) -> None:

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from cvvae import load_vae
+from cvvae.lpips import LPIPS
 from pipeline.errors import ConfigError, IdentityMismatch, PipelineError
 from pipeline.storage import Store
 from pipeline.training.settings import TrainSettings
@@ -119,6 +120,21 @@ def test_micro_batches_give_the_whole_batchs_step(tiny_run: Run) -> None:
     train(whole)
     train(split)
     agree(whole, split, step=2)
+
+
+def test_lpips_counts_at_every_value_of_a_frame(tiny_run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "lpips.safetensors"
+    torch.manual_seed(0)
+    save_file(LPIPS("vgg").state_dict(), file)
+    clips = {**tiny_run().data.sources[0].model_dump(), "size": [32, 32], "short_side": [36, 40]}  # VGG halves often
+    settings: dict[str, Any] = {"data": {"sources": [clips]}, "loop": {"steps": 1}}
+    plain = tiny_run("plain", **settings)
+    judged = tiny_run("judged", **settings, loss={"perceptual": 0.5, "lpips_weights": str(file)})
+    train(plain)
+    train(judged)
+    without, with_lpips = (next(row for row in rows(run) if row["l1"]) for run in (plain, judged))
+    assert float(with_lpips["l1"]) == pytest.approx(float(without["l1"]))
+    assert float(with_lpips["reconstruction"]) != pytest.approx(float(without["reconstruction"]))
 
 
 def agree(first: TrainSettings, second: TrainSettings, *, step: int) -> None:
