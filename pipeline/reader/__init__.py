@@ -1,0 +1,1 @@
+"""Batches of latents for a trainer."""
