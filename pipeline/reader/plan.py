@@ -90,6 +90,8 @@ class Share:
     """One rank's rows of a global batch, in the order of its lanes."""
 
     bucket: int
+    stream: int | None
+    """None for batches that are not made of lanes: all of their pieces are finished."""
     pieces: tuple[Piece, ...]
     """Of each row; a piece may be there several times."""
     rows: tuple[int, ...]
@@ -215,6 +217,7 @@ class EpochPlan:
                 finished.append(piece)
         return Share(
             bucket=number,
+            stream=stream,
             pieces=tuple(pieces),
             rows=tuple(rows),
             is_padding=(False,) * len(rows),
@@ -247,6 +250,7 @@ class EpochPlan:
         piece = {at: blocks.piece(at, low[at], high[at]) for at in sorted(low)}
         return Share(
             bucket=number,
+            stream=None,
             pieces=tuple(piece[at] for at in block),
             rows=tuple(piece[at].first + position - low[at] for position, at in zip(positions, block, strict=True)),
             is_padding=tuple(is_padding),
