@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Literal
 
@@ -173,7 +173,7 @@ class BatchReader:
             number=number,
         )
 
-    def _latents(self, bucket: str, rows: list[_Row], parts: list[tuple[object, ...]]) -> Tensor:
+    def _latents(self, bucket: str, rows: list[_Row], parts: Sequence[tuple[object, ...]]) -> Tensor:
         shape, dtype = self._catalog.latent_shape(bucket), self._catalog.dtype
         mean_BCTHW = stacked([piece.mean.of(row) for piece, row in rows], dtype, shape)
         if self._reading.sample == "mean":
@@ -183,7 +183,7 @@ class BatchReader:
         return finished_latents(mean_BCTHW, stacked(logvars, dtype, shape), noise_BCTHW, self._factors, self._reading)
 
     def _sub_windows(
-        self, bucket: str, latents: Tensor, columns: dict[str, list], parts: list[tuple[object, ...]]
+        self, bucket: str, latents: Tensor, columns: dict[str, list], parts: Sequence[tuple[object, ...]]
     ) -> tuple[Tensor, dict[str, list]]:
         sub_window = self._reading.sub_window
         time, height, width = video_shape(bucket)

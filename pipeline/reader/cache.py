@@ -2,8 +2,8 @@
 
 Objects are kept in chunks of one size, each a file that appears whole or not at all under a name that says whose
 content it is. Two processes may fetch one chunk at the same time; both give the same file. Whoever has written a
-64th of the bound looks through the folder under a lock and removes the files used longest ago, so up to twelve
-processes stay within the bound. A file that is removed while it is read is read to its end.
+64th of the bound looks through the folder under a lock and removes the files used longest ago, down to 80 % of it, so
+up to twelve processes stay within the bound. A file that is removed while it is read is read to its end.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 CHUNK_BYTES = 4 << 20
 _KEEP = 0.8
@@ -92,11 +92,8 @@ class RangeCache:
 
     def _evict(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with FileLock(self.folder / "evict.lock", timeout=0):
-                self._remove_oldest()
-        except Timeout:
-            return  # another process is at it
+        with FileLock(self.folder / "evict.lock"):  # waited for: who went on writing meanwhile would pass the bound
+            self._remove_oldest()
 
     def _remove_oldest(self) -> None:
         found, total = [], 0

@@ -188,14 +188,11 @@ class PieceReader:
 
     def _shard_rows(self, number: int) -> _ShardRows:
         """Loaded by the first thread that asks; the others wait for it."""
+        future: Future[_ShardRows] = Future()
         with self._lock:
-            known = self._shards.get(number)
-            if known is not None:
-                self._shards.move_to_end(number)
-            else:
-                future: Future[_ShardRows] = Future()
-                self._shards[number] = future
-        if known is not None:
+            known = self._shards.setdefault(number, future)
+            self._shards.move_to_end(number)
+        if known is not future:
             return known.result()
         try:
             rows = self._load_shard(number)
