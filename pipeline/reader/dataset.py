@@ -40,6 +40,25 @@ class LatentDataset(IterableDataset[LatentBatch]):
 
     Give it to a DataLoader with batch_size=None, or iterate it. The sequence of global batches is a function of the
     dataset, seed, epoch and batch size (and of shuffle, tail, buffer_bytes); ranks and workers share it out.
+
+    url, options       the dataset's folder: a local path or an fsspec URL, and options of its store
+    batch_size         rows of a global batch, over all ranks: a multiple of world_size
+    epochs             where to stop, counted from the very first; None: never
+    start              global batches consumed before, or what `state` gave
+    rank, world_size   default: those of torch.distributed if it is initialized, else 0 of 1
+    tail               "drop" what is left of a bucket, or "pad" it to a batch with rows of its own
+    buffer_bytes       of latents that all ranks together hold for shuffling; more means larger reads
+    buckets            names of those to read; default: all
+    latents            "normalized", (z - shift) * scale, or "raw" as stored
+    sample             the posterior's "mean", or a "sample" (needs stored log variances), fresh in every epoch
+    columns            fields of the index (docs/format.md) to have in `LatentBatch.columns`
+    caption_dropout    the part of captions to replace by "", others in every epoch
+    sub_window         cut longer windows, see `SubWindow`
+    on_corrupt         "raise" what names the shard, or "skip": its rows are replaced, marked and counted
+    checksums          compare a shard's sha256 before its first use: each process reads each shard once more
+    tolerate           "unfinished", "mixed"
+    cache, cache_bytes a folder for what was fetched from a store, and its bound
+    threads            that read, per worker; default: 2 for local datasets, 16 for others
     """
 
     def __init__(
@@ -70,31 +89,9 @@ class LatentDataset(IterableDataset[LatentBatch]):
         options: Mapping[str, Any] | None = None,
         threads: int | None = None,
     ) -> None:
-        """Reads the manifest. ValueError for settings that do not fit, DatasetError for a dataset that is not whole.
-
-        url, options       the dataset's folder: a local path or an fsspec URL, and options of its store
-        batch_size         rows of a global batch, over all ranks: a multiple of world_size
-        epochs             where to stop, counted from the very first; None: never
-        start              global batches consumed before, or what `state` gave
-        rank, world_size   default: those of torch.distributed if it is initialized, else 0 of 1
-        tail               "drop" what is left of a bucket, or "pad" it to a batch with rows of its own
-        buffer_bytes       of latents that all ranks together hold for shuffling; more means larger reads
-        buckets            names of those to read; default: all
-        latents            "normalized", (z - shift) * scale, or "raw" as stored
-        sample             the posterior's "mean", or a "sample" (needs stored log variances), fresh in every epoch
-        columns            fields of the index (docs/format.md) to have in `LatentBatch.columns`
-        caption_dropout    the part of captions to replace by "", others in every epoch
-        sub_window         cut longer windows, see `SubWindow`
-        on_corrupt         "raise" what names the shard, or "skip": its rows are replaced, marked and counted
-        checksums          compare a shard's sha256 before its first use: each process reads each shard once more
-        tolerate           "unfinished", "mixed"
-        cache, cache_bytes a folder for what was fetched from a store, and its bound
-        threads            that read, per worker; default: 2 for local datasets, 16 for others
-        """
+        """Reads the manifest. ValueError for settings that do not fit, DatasetError for a dataset not whole."""
         super().__init__()
         self._url, self._options = url, dict(options or {})
-        if sample == "sample" and latents == "raw":
-            log.info("samples of the raw posterior: neither shifted nor scaled")
         self.reading = Reading(
             latents=latents,
             sample=sample,
