@@ -14,8 +14,16 @@ from torch import Tensor
 
 from pipeline.errors import DatasetError, StorageError
 from pipeline.reader.catalog import Catalog, video_shape
-from pipeline.reader.latent_batch import LatentBatch, Reading, finished_latents, fraction_of, noise, seed_of
-from pipeline.reader.pieces import LoadedPiece, PieceReader, stacked
+from pipeline.reader.latent_batch import (
+    LatentBatch,
+    Reading,
+    as_float32,
+    finished_latents,
+    fraction_of,
+    noise,
+    seed_of,
+)
+from pipeline.reader.pieces import LoadedPiece, PieceReader
 from pipeline.reader.plan import BatchPlan, EpochPlan, Piece, Share
 
 OnCorrupt = Literal["raise", "skip"]
@@ -175,12 +183,16 @@ class BatchReader:
 
     def _latents(self, bucket: str, rows: list[_Row], parts: Sequence[tuple[object, ...]]) -> Tensor:
         shape, dtype = self._catalog.latent_shape(bucket), self._catalog.dtype
-        mean_BCTHW = stacked([piece.mean.of(row) for piece, row in rows], dtype, shape)
-        if self._reading.sample == "mean":
-            return finished_latents(mean_BCTHW, None, None, self._factors, self._reading)
-        logvars = [piece.logvar.of(row) for piece, row in rows if piece.logvar is not None]
-        noise_BCTHW = torch.from_numpy(np.stack([noise(shape, *part) for part in parts]))
-        return finished_latents(mean_BCTHW, stacked(logvars, dtype, shape), noise_BCTHW, self._factors, self._reading)
+        means = np.stack([piece.mean.of(row) for piece, row in rows])
+        reading = self._reading
+        if reading.sample == "mean" and reading.latents == "raw" and reading.dtype == dtype:
+            return torch.from_numpy(means).view(dtype).reshape(len(rows), *shape)
+        mean_BCTHW = as_float32(means, dtype, shape)
+        if reading.sample == "mean":
+            return finished_latents(mean_BCTHW, None, None, self._factors, reading)
+        logvars = np.stack([piece.logvar.of(row) for piece, row in rows if piece.logvar is not None])
+        noise_BCTHW = np.stack([noise(shape, *part) for part in parts])
+        return finished_latents(mean_BCTHW, as_float32(logvars, dtype, shape), noise_BCTHW, self._factors, reading)
 
     def _sub_windows(
         self, bucket: str, latents: Tensor, columns: dict[str, list], parts: Sequence[tuple[object, ...]]

@@ -11,7 +11,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from cvvae import VAESpec, spec_from_dict
 from pipeline.dataset import MANIFEST, DatasetFolder
@@ -67,10 +66,10 @@ class Catalog:
     def has_logvar(self) -> bool:
         return self.manifest.identity.logvar
 
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def factors(self) -> tuple[np.ndarray, np.ndarray]:
         """Shift and scale of the VAE's latents, float32 (C or 1, 1, 1, 1): z = (mean - shift) * scale."""
         shift, scale = (
-            torch.tensor(value, dtype=torch.float32).reshape(-1, 1, 1, 1)
+            np.asarray(value, np.float32).reshape(-1, 1, 1, 1)
             for value in (self.spec.shift_factor, self.spec.scaling_factor)
         )
         return shift, scale

@@ -134,21 +134,33 @@ def noise(shape: tuple[int, ...], *parts: object) -> np.ndarray:
     return generator.standard_normal(shape, dtype=np.float32)
 
 
+def as_float32(bytes_BN: np.ndarray, dtype: torch.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """Stored numbers of some rows, uint8 (B, bytes of a row), as float32 (B, *shape): exact."""
+    if dtype == torch.bfloat16:  # the upper half of a float32
+        numbers = (bytes_BN.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    else:
+        numbers = bytes_BN.view(np.float16 if dtype == torch.float16 else np.float32).astype(np.float32, copy=False)
+    return numbers.reshape(len(bytes_BN), *shape)
+
+
 def finished_latents(
-    mean_BCTHW: Tensor,
-    logvar_BCTHW: Tensor | None,
-    noise_BCTHW: Tensor | None,
-    factors: tuple[Tensor, Tensor],
+    mean_BCTHW: np.ndarray,
+    logvar_BCTHW: np.ndarray | None,
+    noise_BCTHW: np.ndarray | None,
+    factors: tuple[np.ndarray, np.ndarray],
     reading: Reading,
 ) -> Tensor:
     """Stored numbers to what a trainer takes, computed in float32: sampled first, then shifted and scaled.
 
     For z' = (z - shift) * scale that is a sample of the normalized posterior, whose logvar is logvar + 2 log|scale|.
+    Takes over `mean_BCTHW`. numpy, because it stays on the caller's thread: torch's threads would take the cores of
+    the training step.
     """
-    latents = mean_BCTHW.float()
+    latents = mean_BCTHW
     if logvar_BCTHW is not None and noise_BCTHW is not None:
-        latents = latents + torch.exp(0.5 * logvar_BCTHW.float()) * noise_BCTHW
+        latents += np.exp(0.5 * logvar_BCTHW) * noise_BCTHW
     if reading.latents == "normalized":
         shift, scale = factors
-        latents = (latents - shift) * scale
-    return latents.to(reading.dtype)
+        latents -= shift
+        latents *= scale
+    return torch.from_numpy(latents).to(reading.dtype)

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 from torch import Tensor
 
 from pipeline.dataset import describe_stored, index_name, shard_name
@@ -283,8 +282,3 @@ def _index_table(content: bytes, names: list[str], where: str) -> tuple[Any, pa.
         return read_index_columns(file, names)
     except DatasetError as error:
         raise DatasetError(f"{where}: {error}") from error
-
-
-def stacked(numbers: Sequence[np.ndarray], dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """Bare numbers of some latents as one tensor (B, *shape) of its own memory."""
-    return torch.from_numpy(np.stack(numbers)).view(dtype).reshape(len(numbers), *shape)

@@ -62,6 +62,15 @@ def test_all_latents_come_once_and_as_stored(stored: tuple[Path, dict[str, Laten
             )
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_raw_latents_in_their_own_dtype_or_another(
+    stored: tuple[Path, dict[str, Latent]], dtype: torch.dtype
+) -> None:
+    folder, latents = stored
+    for key, latent in rows_of(list(LatentDataset(str(folder), 4, latents="raw", dtype=dtype))):
+        assert torch.equal(latent, latents[key].mean_CTHW.to(dtype))
+
+
 def test_normalized_by_channel(tmp_path: Path) -> None:
     shift, scale = (0.5, -1.0, 0.25, 0.0), (0.25, 2.0, -0.5, 1.0)
     spec = replace(SPECS["cvvae-sd21"], shift_factor=shift, scaling_factor=scale)
