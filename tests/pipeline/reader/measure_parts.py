@@ -15,7 +15,7 @@ from cvvae import SPECS, seeded_vae
 from jobs.real_clips import fetch_real_clips
 
 FRAMES, SIZE, CLIPS = 33, 96, 3
-SPEC_NAMES = ("cvvae-sd21-tiny", "ivvae-z4-tiny")
+SPEC_NAMES = ("cvvae-sd21-tiny",)
 
 
 def first_frames(path: Path) -> Tensor:
