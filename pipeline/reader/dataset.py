@@ -100,7 +100,9 @@ class LatentDataset(IterableDataset[LatentBatch]):
             caption_dropout=caption_dropout,
             sub_window=sub_window,
         )
-        store = Store(url, options=self._options)
+        # kept for forked workers: what they drop of an inherited client, its connections and their place in a shared
+        # epoll, this process would wait for in vain at its next request
+        self._store = store = Store(url, options=self._options)
         self.catalog = Catalog.open(store, tolerate)
         self._check_reading()
         order = OrderSettings(seed=seed, batch_size=batch_size, shuffle=shuffle, tail=tail, buffer_bytes=buffer_bytes)

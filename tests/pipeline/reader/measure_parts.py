@@ -1,10 +1,11 @@
 """How far a part of a window is from the latents of its frames alone: the table of docs/training.md.
 
-    python -m tests.pipeline.reader.measure_parts
+python -m tests.pipeline.reader.measure_parts
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
@@ -57,7 +58,7 @@ def main() -> None:
                         deviation(whole[:, :, start : start + 3], alone)
                     )
         for part, values in found.items():
-            print(f"{name}, {part}: {min(values):.2g} to {max(values):.2g}")
+            sys.stdout.write(f"{name}, {part}: {min(values):.2g} to {max(values):.2g}\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,16 @@ def assert_same(found: list[LatentBatch], expected: list[LatentBatch]) -> None:
 def test_a_bucket_gives_what_a_disk_gives(both: tuple[Path, str], s3_server: S3Server, workers: int) -> None:
     folder, url = both
     assert_same(read(url, s3_server.options, workers), read(str(folder)))
+
+
+def test_forked_workers_leave_the_connections_of_their_parent_alone(
+    both: tuple[Path, str], s3_server: S3Server
+) -> None:
+    _, url = both
+    read(url, s3_server.options, workers=2)
+    started = time.monotonic()
+    LatentDataset(url, 4, options=s3_server.options)
+    assert time.monotonic() - started < 10  # it took 15 s: a reply nobody was told of
 
 
 def test_opening_reads_the_manifest_and_lists_nothing(both: tuple[Path, str], s3_server: S3Server) -> None:
