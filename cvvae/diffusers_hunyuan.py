@@ -172,6 +172,10 @@ class HunyuanVideo15Spec(DiffusersSpec):
         check=_check_15,
     )
 
+    @property
+    def prefix_exact(self) -> bool:
+        return True
+
 
 _HUNYUAN_15 = HunyuanVideo15Spec(
     name="hunyuan15",
@@ -203,10 +207,6 @@ class HunyuanVideo15VAE(DiffusersVAE):
     """HunyuanVideo 1.5's VAE; see `VideoVAE`. Clips of a batch are computed one after the other."""
 
     spec: HunyuanVideo15Spec
-
-    @property
-    def prefix_exact(self) -> bool:
-        return True
 
     def _encode_moments(self, tile_BCTHW: Tensor) -> Tensor:
         return torch.cat([self.encoder(clip) for clip in tile_BCTHW.split(1)])

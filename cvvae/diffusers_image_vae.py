@@ -61,6 +61,10 @@ class ImageKLSpec(DiffusersSpec):
         normalised_by=("scaling_factor", "shift_factor", "latents_mean", "latents_std"),
     )
 
+    @property
+    def prefix_exact(self) -> bool:
+        return self.tile_frames is None and self.tile_size is None
+
 
 def _image_config(widths: tuple[int, ...], **others: Any) -> dict[str, Any]:
     return {
@@ -186,6 +190,10 @@ class SVDSpec(DiffusersSpec):
         check=_as_many_blocks_as_widths,
     )
 
+    @property
+    def prefix_exact(self) -> bool:
+        return True
+
 
 def _svd_config(widths: tuple[int, ...], layers_per_block: int) -> tuple[tuple[str, Any], ...]:
     return SVDSpec.peer.complete(
@@ -221,10 +229,6 @@ class SVDVAE(DiffusersVAE):
     """
 
     spec: SVDSpec
-
-    @property
-    def prefix_exact(self) -> bool:
-        return True
 
     def _encode_moments(self, tile_BCTHW: Tensor) -> Tensor:
         return _encode_frames(self, tile_BCTHW)

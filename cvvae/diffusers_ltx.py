@@ -109,6 +109,10 @@ class LTXSpec(DiffusersSpec):
         statistics_in_weights=True,
     )
 
+    @property
+    def prefix_exact(self) -> bool:
+        return bool(self.arguments["encoder_causal"])
+
     def __post_init__(self) -> None:
         DiffusersSpec.__post_init__(self)
         highest = 1.0 if self.arguments["timestep_conditioning"] else 0.0
@@ -235,10 +239,6 @@ class LTXVAE(DiffusersVAE):
     """LTX-Video's VAE and LTX-2's; see `VideoVAE`."""
 
     spec: LTXSpec
-
-    @property
-    def prefix_exact(self) -> bool:
-        return self.spec.arguments["encoder_causal"]
 
     def _encode_moments(self, tile_BCTHW: Tensor) -> Tensor:
         return self.encoder(tile_BCTHW)

@@ -58,6 +58,10 @@ class MochiSpec(DiffusersSpec):
         normalised_by=("latents_mean", "latents_std", "scaling_factor"),
     )
 
+    @property
+    def prefix_exact(self) -> bool:
+        return True
+
 
 def _spec(name: str, channels: int, **arguments: Any) -> MochiSpec:
     config = MochiSpec.peer.complete({"latent_channels": channels, **arguments})
@@ -90,10 +94,6 @@ class MochiVAE(DiffusersVAE):
     """Mochi's VAE; see `VideoVAE`."""
 
     spec: MochiSpec
-
-    @property
-    def prefix_exact(self) -> bool:
-        return True
 
     def _encode_moments(self, tile_BCTHW: Tensor) -> Tensor:
         if tile_BCTHW.dtype != torch.float32:

@@ -74,6 +74,10 @@ class WanSpec(DiffusersSpec):
         normalised_by=("latents_mean", "latents_std"),
     )
 
+    @property
+    def prefix_exact(self) -> bool:
+        return True
+
     def __post_init__(self) -> None:
         DiffusersSpec.__post_init__(self)
         if type(self.chunk_frames) is not int or self.chunk_frames < 1 or self.chunk_frames % self.time_stride:
@@ -149,10 +153,6 @@ class WanVAE(DiffusersVAE):
         super().__init__(spec)
         self._encoder_slots = _num_slots(self.encoder)
         self._decoder_slots = _num_slots(self.decoder)
-
-    @property
-    def prefix_exact(self) -> bool:
-        return True
 
     @property
     def streams(self) -> bool:

@@ -85,6 +85,11 @@ class IVVAESpec(VAESpec):
         return 1 if self.branches == "one" else 2
 
     @property
+    def prefix_exact(self) -> bool:
+        """Causal, but for a spec that asks for tiles: those are computed apart from each other."""
+        return self.tile_frames is None and self.tile_size is None
+
+    @property
     def widths(self) -> tuple[int, int, int, int]:
         """Channels of all branches together at each level, finest first."""
         full = 2 * self.width

@@ -161,6 +161,28 @@ class VAESpec:
             raise ValueError(f"latent frames t: expected at least 1, got {num_latent_frames}")
         return 1 + (num_latent_frames - 1) * self.time_stride
 
+    @property
+    def prefix_exact(self) -> bool:
+        """Whether a video's first frames give (to rounding) the first latents of the whole video, at every valid
+        length. What streams does; a norm over time, attention to later frames or temporal tiles break it."""
+        return False
+
+    def has_exact_prefix(self, num_frames: int, prefix_frames: int, height: int, width: int) -> bool:
+        """Whether the first latents of a (T, H, W) video are those of its first `prefix_frames` frames alone.
+
+        So it is at every valid length if `prefix_exact`; else where the prefix's temporal tiles, and how they are cut
+        in space, are the video's own first ones. ValueError on a length or a side that does not fit.
+        """
+        self.latent_shape(num_frames, height, width)
+        self.latent_shape(prefix_frames, height, width)
+        if prefix_frames > num_frames:
+            raise ValueError(f"prefix_frames: expected at most {num_frames}, got {prefix_frames}")
+        if self.prefix_exact or prefix_frames == num_frames:
+            return True
+        tilings = {self.encode_tiling_of(number, height, width) for number in (num_frames, prefix_frames)}
+        tiles = self.encode_tiles(prefix_frames)
+        return len(tilings) == 1 and tiles == self.encode_tiles(num_frames)[: len(tiles)]
+
     def frame_span(self, latent_frame: int) -> tuple[int, int]:
         """The video frames [start, stop) that a latent frame stands for."""
         if latent_frame == 0:

@@ -102,9 +102,8 @@ class VideoVAE(nn.Module):
 
     @property
     def prefix_exact(self) -> bool:
-        """Whether a video's first frames give (to rounding) the first latents of the whole video, at every valid
-        length. What streams does; a norm over time or attention to later frames breaks it."""
-        return self.streams
+        """What its spec claims, `VAESpec.prefix_exact`."""
+        return self.spec.prefix_exact
 
     @property
     def streams(self) -> bool:

@@ -109,6 +109,14 @@ class Store:
         with self.open_stream(name) as stream:  # one request; s3fs asks for the size first
             return b"".join(iter(lambda: stream.read(READ_BLOCK) or b"", b""))
 
+    def read_range(self, name: str, start: int, stop: int) -> bytes:
+        """The bytes [start, stop) in one read, fewer where the object ends; FileNotFoundError if absent."""
+        with reading(self.full_url(name)):
+            if not self.is_local:
+                return cast(bytes, self._fs.cat_file(self.path(name), start=start, end=stop))
+            with open(self.path(name), "rb", buffering=0) as file:
+                return os.pread(file.fileno(), stop - start, start)
+
     def open_seekable(self, name: str) -> BinaryIO:
         """A seekable file that reads ahead in large blocks; FileNotFoundError if absent."""
         with reading(self.full_url(name)):

@@ -4,6 +4,7 @@
     FORMATS[name].read(file), .read_header(file)               and back, checked
     FORMATS[name].fetch(file, index_rows)                      some of its latents
     write_index, read_index, iter_index, read_index_info       the index beside it
+    blob_offsets(read, size, column, lengths)                  where the numbers are in a Parquet shard
     read_payload(bytes)                                        one range read of a tar to a tensor
 
 A new format is a file with a class that follows `ShardFormat` and one line in FORMATS; the tests pick it up.
@@ -19,9 +20,11 @@ from pipeline.formats.index import (
     ShardIndex,
     iter_index,
     read_index,
+    read_index_columns,
     read_index_info,
     write_index,
 )
+from pipeline.formats.parquet_blobs import blob_offsets
 from pipeline.formats.parquet_format import SHARD_SCHEMA, ParquetFormat
 from pipeline.formats.tensors import TORCH_DTYPES, read_payload
 from pipeline.formats.webdataset_format import WebDatasetFormat
@@ -44,8 +47,10 @@ __all__ = [
     "ShardFormat",
     "ShardHeader",
     "ShardIndex",
+    "blob_offsets",
     "iter_index",
     "read_index",
+    "read_index_columns",
     "read_index_info",
     "read_payload",
     "write_index",

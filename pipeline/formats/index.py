@@ -121,6 +121,19 @@ def iter_index(file: Path | BinaryIO, batch_rows: int = 1024) -> Iterator[IndexR
         yield from _rows(parquet, name_of(file), batch_rows)
 
 
+def read_index_columns(file: Path | BinaryIO, columns: Sequence[str]) -> tuple[IndexInfo, pa.Table]:
+    """Some columns of a whole index, as Arrow has them: quick, and checked no further than their types.
+
+    ValueError for a column that no index has; DatasetError if the index is damaged or not one of ours.
+    """
+    unknown = sorted(set(columns) - set(INDEX_SCHEMA.names))
+    if unknown:
+        raise ValueError(f"columns: expected some of {INDEX_SCHEMA.names}, got {unknown}")
+    with open_parquet(file) as parquet:
+        info = _info(parquet, name_of(file))
+        return info, parquet.read(columns=list(columns), use_threads=False).combine_chunks()
+
+
 def _info(parquet: pq.ParquetFile, where: str) -> IndexInfo:
     header = header_of(parquet, where)
     require_columns(parquet, INDEX_SCHEMA, where)

@@ -1,0 +1,284 @@
+"""Pieces of shards as numbers: the reads behind a batch, for both formats, from a store or through the cache.
+
+A piece is one range of a WebDataset tar, or one of each payload column of a Parquet shard. Where it is says the
+shard's index (and for Parquet the page headers); those of the shards used last are kept in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from torch import Tensor
+
+from pipeline.dataset import describe_stored, index_name, shard_name
+from pipeline.errors import DatasetError
+from pipeline.formats import FORMATS, blob_offsets, read_index_columns, read_payload
+from pipeline.reader.cache import RangeCache
+from pipeline.reader.catalog import Catalog
+from pipeline.reader.plan import Piece
+from pipeline.storage import Store
+
+INDEX_BYTES = 256 << 20
+"""Of indexes in memory, per process."""
+NEEDED_COLUMNS = ("id", "bucket", "caption")
+_MEAN, _LOGVAR = ("latent_offset", "latent_length"), ("logvar_offset", "logvar_length")
+
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """Where the mean, or the log variance, of each row of a shard is: int64 (rows,)."""
+
+    offset: np.ndarray
+    length: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class _ShardRows:
+    """What is kept of a shard's index."""
+
+    table: pa.Table
+    mean: _Column
+    logvar: _Column | None
+
+    @property
+    def nbytes(self) -> int:
+        columns = [self.mean, *([self.logvar] if self.logvar else [])]
+        return self.table.nbytes + sum(column.offset.nbytes + column.length.nbytes for column in columns)
+
+
+@dataclass(frozen=True, slots=True)
+class _Numbers:
+    """The bare numbers of a piece's rows: `length` bytes at each of `starts` in `data`."""
+
+    data: bytes
+    starts: list[int]
+    length: int
+
+    def of(self, row: int) -> np.ndarray:
+        return np.frombuffer(self.data, np.uint8, self.length, self.starts[row])
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedPiece:
+    """A piece in memory. Rows are counted from its first one."""
+
+    where: str
+    shard_id: str
+    columns: dict[str, pa.Array]
+    mean: _Numbers
+    logvar: _Numbers | None
+
+    def fields(self, row: int, names: Sequence[str]) -> list[Any]:
+        """Fields of the index, as Python has them."""
+        return [self.columns[name][row].as_py() for name in names]
+
+
+class PieceReader:
+    """Reads pieces of one dataset; safe to use from several threads of one process."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        store: Store,
+        *,
+        columns: Sequence[str] = (),
+        logvar: bool = False,
+        cache: RangeCache | None = None,
+        checksums: bool = False,
+    ) -> None:
+        """`columns` of the index to have beside NEEDED_COLUMNS; `checksums` reads a whole shard before the first
+        piece of it, and compares its sha256 with the manifest's."""
+        self._catalog, self._store, self._cache = catalog, store, cache
+        self._columns = tuple(dict.fromkeys((*NEEDED_COLUMNS, *columns)))
+        self._want_logvar, self._checksums = logvar, checksums
+        self._shards: OrderedDict[int, Future[_ShardRows]] = OrderedDict()
+        self._kept_bytes = 0
+        self._lock = threading.Lock()
+
+    def load(self, piece: Piece, bucket: str) -> LoadedPiece:
+        """DatasetError, FileNotFoundError or StorageError, all with the shard's name, if it cannot be read."""
+        shard = self._catalog.manifest.shards[piece.shard]
+        rows, where = self._shard_rows(piece.shard), self._store.full_url(self._shard_name(piece.shard))
+        # a copy: a slice would keep the whole index in memory for as long as the piece is there
+        table = rows.table.take(pa.array(range(piece.first, piece.stop)))
+        columns = {name: table.column(name).combine_chunks() for name in table.column_names}
+        if columns["bucket"].to_pylist() != [bucket] * (piece.stop - piece.first):
+            raise DatasetError(f"{where}: rows {piece.first} to {piece.stop} are not of bucket {bucket} in its index")
+        shape = self._catalog.latent_shape(bucket)
+        mean, logvar = self._numbers(piece, rows, shape, where)
+        return LoadedPiece(where, shard.id, columns, mean, logvar)
+
+    # --- numbers -------------------------------------------------------------------------------------------------
+
+    def _numbers(
+        self, piece: Piece, rows: _ShardRows, shape: tuple[int, ...], where: str
+    ) -> tuple[_Numbers, _Numbers | None]:
+        part = slice(piece.first, piece.stop)
+        columns = [rows.mean, *([rows.logvar] if rows.logvar else [])]
+        spans = [
+            (int(column.offset[part][0]), int(column.offset[part][-1] + column.length[part][-1]))
+            for column in columns
+        ]
+        if self._catalog.manifest.format == "webdataset":  # both lie side by side, row by row
+            spans = [(min(start for start, _ in spans), max(stop for _, stop in spans))] * len(spans)
+        data = {span: self._read(piece.shard, *span, where) for span in dict.fromkeys(spans)}
+        found = [
+            self._bare(data[span], column.offset[part] - span[0], column.length[part], shape, where)
+            for span, column in zip(spans, columns, strict=True)
+        ]
+        return found[0], found[1] if len(found) > 1 else None
+
+    def _read(self, number: int, start: int, stop: int, where: str) -> bytes:
+        shard, name = self._catalog.manifest.shards[number], self._shard_name(number)
+        if not 0 <= start < stop <= shard.size:
+            raise DatasetError(f"{where}: its index leads to bytes {start} to {stop} of {shard.size}")
+        data = self._range(number, start, stop)
+        if len(data) != stop - start:
+            raise DatasetError(f"{where}: truncated: {name} ends before byte {stop}; its receipt says {shard.size}")
+        return data
+
+    def _range(self, number: int, start: int, stop: int) -> bytes:
+        shard, name = self._catalog.manifest.shards[number], self._shard_name(number)
+        if self._cache is None:
+            return self._store.read_range(name, start, stop)
+        return self._cache.read(
+            shard.sha256, shard.size, start, stop, lambda first, last: self._store.read_range(name, first, last)
+        )
+
+    def _bare(
+        self, data: bytes, offsets: np.ndarray, lengths: np.ndarray, shape: tuple[int, ...], where: str
+    ) -> _Numbers:
+        """Parquet has bare numbers; the files of a tar have a header, which is the same for all of one shape."""
+        nbytes = int(np.prod(shape)) * self._catalog.dtype.itemsize
+        starts = offsets.tolist()
+        if self._catalog.manifest.format == "parquet":
+            if (lengths != nbytes).any():
+                raise DatasetError(f"{where}: expected {nbytes} bytes for a latent of shape {shape}")
+            return _Numbers(data, starts, nbytes)
+        first = data[starts[0] : starts[0] + int(lengths[0])]
+        self._require(read_payload(first, where), shape, where)
+        header = first[: len(first) - nbytes]
+        for start, length in zip(starts, lengths.tolist(), strict=True):
+            if length != len(first) or not data.startswith(header, start):
+                self._require(read_payload(data[start : start + length], where), shape, where)
+                raise DatasetError(f"{where}: latents of one shape with different headers at byte {start} of a read")
+        return _Numbers(data, [start + len(header) for start in starts], nbytes)
+
+    def _require(self, tensor: Tensor, shape: tuple[int, ...], where: str) -> None:
+        if tuple(tensor.shape) != shape or tensor.dtype != self._catalog.dtype:
+            raise DatasetError(
+                f"{where}: expected {self._catalog.dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}"
+            )
+
+    # --- indexes -------------------------------------------------------------------------------------------------
+
+    def _shard_name(self, number: int) -> str:
+        manifest = self._catalog.manifest
+        return shard_name(manifest.shards[number].id, FORMATS[manifest.format].suffix)
+
+    def _shard_rows(self, number: int) -> _ShardRows:
+        """Loaded by the first thread that asks; the others wait for it."""
+        future: Future[_ShardRows] = Future()
+        with self._lock:
+            known = self._shards.setdefault(number, future)
+            self._shards.move_to_end(number)
+        if known is not future:
+            return known.result()
+        try:
+            rows = self._load_shard(number)
+        except BaseException as error:
+            future.set_exception(error)
+            with self._lock:
+                del self._shards[number]
+            raise
+        future.set_result(rows)
+        self._forget_oldest(rows.nbytes)
+        return rows
+
+    def _forget_oldest(self, added: int) -> None:
+        with self._lock:
+            self._kept_bytes += added
+            for number in list(self._shards)[:-1]:
+                if self._kept_bytes <= INDEX_BYTES:
+                    return
+                if self._shards[number].done():
+                    self._kept_bytes -= self._shards.pop(number).result().nbytes
+
+    def _load_shard(self, number: int) -> _ShardRows:
+        manifest = self._catalog.manifest
+        shard, index = manifest.shards[number], index_name(manifest.shards[number].id)
+        if self._checksums:
+            self._check_sha256(number)
+        names = list(dict.fromkeys((*self._columns, "vae_latent_dtype", "has_logvar", *_MEAN, *_LOGVAR)))
+        where = self._store.full_url(index)
+        info, table = _index_table(self._index_bytes(number), names, where)
+        if info.header.fingerprint != manifest.fingerprint and "mixed" not in self._catalog.tolerate:
+            raise DatasetError(
+                f"{where}: mixed: expected identity {manifest.fingerprint}, as the manifest has, "
+                f"got {info.header.fingerprint}; read it all the same with tolerate=['mixed']"
+            )
+        if (info.header.shard_id, info.shard_sha256, table.num_rows) != (
+            shard.id,
+            shard.sha256,
+            sum(shard.rows.values()),
+        ):
+            raise DatasetError(f"{where}: not the index of the shard {shard.id} that the manifest lists")
+        mean = self._places(number, table, "vae_latent_bytes", *_MEAN)
+        logvar = self._places(number, table, "vae_logvar_bytes", *_LOGVAR) if self._want_logvar else None
+        return _ShardRows(table.select(list(self._columns)), mean, logvar)
+
+    def _index_bytes(self, number: int) -> bytes:
+        """A whole index: one read of a store, and with a cache none the next time."""
+        shard = self._catalog.manifest.shards[number]
+        name = index_name(shard.id)
+        if self._cache is None or (info := self._store.info(name)) is None or info.size is None:
+            return self._store.read_bytes(name)
+        # named by the shard whose index it is, since the manifest has no digest of the index itself
+        content = hashlib.sha256(f"index of {shard.sha256} {info.size}".encode()).hexdigest()
+        return self._cache.read(
+            content, info.size, 0, info.size, lambda first, last: self._store.read_range(name, first, last)
+        )
+
+    def _places(self, number: int, table: pa.Table, blob: str, offset: str, length: str) -> _Column:
+        where = self._store.full_url(self._shard_name(number))
+        if self._catalog.manifest.format == "parquet":
+            nbytes = {
+                name: int(np.prod(self._catalog.latent_shape(name))) * self._catalog.dtype.itemsize
+                for name in table.column("bucket").unique().to_pylist()
+            }
+            lengths = np.asarray([nbytes[name] for name in table.column("bucket").to_pylist()], np.int64)
+            size = self._catalog.manifest.shards[number].size
+
+            def read(start: int, stop: int) -> bytes:
+                return self._range(number, start, stop)
+
+            return _Column(blob_offsets(read, size, blob, lengths.tolist(), where), lengths)
+        if table.column(offset).null_count or table.column(length).null_count:
+            raise DatasetError(f"{where}: its index has rows without {offset}")
+        return _Column(table.column(offset).to_numpy(), table.column(length).to_numpy())
+
+    def _check_sha256(self, number: int) -> None:
+        shard, name = self._catalog.manifest.shards[number], self._shard_name(number)
+        found = describe_stored(self._store, name)
+        if (found.sha256, found.size) != (shard.sha256, shard.size):
+            raise DatasetError(
+                f"{self._store.full_url(name)}: expected {shard.size} bytes with sha256 {shard.sha256}, "
+                f"got {found.size} with {found.sha256}"
+            )
+
+
+def _index_table(content: bytes, names: list[str], where: str) -> tuple[Any, pa.Table]:
+    file = io.BytesIO(content)
+    try:
+        return read_index_columns(file, names)
+    except DatasetError as error:
+        raise DatasetError(f"{where}: {error}") from error

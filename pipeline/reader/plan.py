@@ -1,0 +1,305 @@
+"""Which windows are in which batch: pure functions of the dataset's row counts, (seed, epoch, batch size) and a step.
+
+The batch at a step is global: `batch_size` lanes, of which rank r of R takes its R-th part. Ranks and DataLoader
+workers therefore change who computes a batch and never what is in it.
+
+How a bucket is shuffled, so that reads stay few and large:
+
+    runs     the rows of one bucket in one shard, which lie side by side
+    blocks   runs cut to the size of a read, in random order over all shards: a sequence of all rows
+    lanes    that sequence cut into STREAMS * batch_size spans: lane i of stream s fills place i of batch s and of
+             every STREAMS-th after it
+    pieces   what a lane shares with a block: one read, whose rows come in random order over as many batches
+
+So a row is read by the one rank that owns its lane, and by one worker of that rank if the number of workers divides
+STREAMS. A batch mixes rows of as many places of the dataset as it has rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+Tail = Literal["drop", "pad"]
+STREAMS = 8
+READ_BYTES = (256 << 10, 8 << 20)
+"""Least and most bytes of a block."""
+_CACHED_ORDERS = 1 << 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BucketRows:
+    """The runs of one bucket: rows first ... first + rows - 1 of each shard that has some, in shard order."""
+
+    name: str
+    row_bytes: int
+    """Of the numbers of one row, for the size of reads."""
+    shard: np.ndarray
+    """int64 (runs,): number of the shard in the manifest."""
+    first: np.ndarray
+    rows: np.ndarray
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.rows.sum())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OrderSettings:
+    """What decides the order of a dataset's batches. ValueError for what makes no order."""
+
+    seed: int
+    batch_size: int
+    """Rows of a global batch, over all ranks."""
+    shuffle: bool = True
+    tail: Tail = "drop"
+    buffer_bytes: int = 1 << 30
+    """Of the pieces that all ranks together hold at a time."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "buffer_bytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.tail not in ("drop", "pad"):
+            raise ValueError(f"tail: expected 'drop' or 'pad', got {self.tail!r}")
+
+    def block_rows(self, row_bytes: int) -> int:
+        """Rows of a block, so that all lanes' pieces together stay within buffer_bytes."""
+        least, most = READ_BYTES
+        read_bytes = min(most, max(least, self.buffer_bytes // (STREAMS * self.batch_size)))
+        return max(1, read_bytes // row_bytes)
+
+
+class Piece(NamedTuple):
+    """Rows of one shard and one bucket that are read at once."""
+
+    epoch: int
+    bucket: int
+    shard: int
+    first: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """One rank's rows of a global batch, in the order of its lanes."""
+
+    bucket: int
+    stream: int | None
+    """None for batches that are not made of lanes: all of their pieces are finished."""
+    pieces: tuple[Piece, ...]
+    """Of each row; a piece may be there several times."""
+    rows: tuple[int, ...]
+    """Numbers of the rows in their shards."""
+    is_padding: tuple[bool, ...]
+    """Whether a row only fills up the tail batch of its bucket and is there as itself, too."""
+    finished: tuple[Piece, ...]
+    """Pieces that no later batch needs."""
+
+
+def random_bits(count: int, *parts: object) -> np.ndarray:
+    """uint64 (count,) that depend on the parts alone: Philox, whose stream numpy promises not to change."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
+    return np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(count)
+
+
+def random_order(count: int, *parts: object) -> np.ndarray:
+    """A permutation of range(count), a function of the parts alone."""
+    return np.argsort(random_bits(count, *parts), kind="stable")
+
+
+def num_batches(rows: int, settings: OrderSettings) -> int:
+    """Batches that a bucket of so many rows gives in an epoch."""
+    full, rest = divmod(rows, settings.batch_size)
+    return full + (1 if rest and settings.tail == "pad" else 0)
+
+
+class _Blocks:
+    """The rows of a bucket as a sequence, in the order of an epoch's blocks."""
+
+    def __init__(self, bucket: BucketRows, number: int, settings: OrderSettings, epoch: int) -> None:
+        counts = -(-bucket.rows // settings.block_rows(bucket.row_bytes))  # blocks of each run, of nearly one size
+        run = np.repeat(np.arange(len(bucket.rows)), counts)
+        index = np.arange(len(run)) - np.repeat(np.cumsum(counts) - counts, counts)
+        starts = index * bucket.rows[run] // counts[run]
+        stops = (index + 1) * bucket.rows[run] // counts[run]
+        order = np.arange(len(run))
+        if settings.shuffle:
+            order = random_order(len(run), "blocks", settings.seed, epoch, bucket.name)
+        self.shard = bucket.shard[run][order]
+        self.first = (bucket.first[run] + starts)[order]
+        self.stop = np.cumsum((stops - starts)[order])
+        self.start = self.stop - (stops - starts)[order]
+        self._number, self._epoch = number, epoch
+
+    def piece(self, block: int, start: int, stop: int) -> Piece:
+        """The rows of a block at the positions [start, stop) of the sequence."""
+        offset = int(self.first[block] - self.start[block])
+        return Piece(self._epoch, self._number, int(self.shard[block]), start + offset, stop + offset)
+
+
+@dataclass(slots=True)
+class EpochPlan:
+    """The batches of one epoch. Memory is some bytes per batch and per block; the rest is computed as it is asked."""
+
+    buckets: Sequence[BucketRows]
+    settings: OrderSettings
+    epoch: int
+    _bucket_of: np.ndarray = field(init=False)
+    _ordinal: np.ndarray = field(init=False)
+    """Of a batch among those of its bucket and stream; -1 for the bucket's tail batch."""
+    _full: np.ndarray = field(init=False)
+    """int64 (buckets, streams): full batches."""
+    _blocks: dict[int, _Blocks] = field(init=False, default_factory=dict)
+    _orders: dict[tuple[int, int], np.ndarray] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        settings, size = self.settings, self.settings.batch_size
+        counts = [num_batches(bucket.num_rows, settings) for bucket in self.buckets]
+        labels = np.repeat(np.arange(len(self.buckets)), counts)
+        if settings.shuffle:
+            labels = labels[random_order(len(labels), "buckets", settings.seed, self.epoch)]
+        self._bucket_of, self._ordinal = labels, np.full(len(labels), -1, np.int64)
+        streams = STREAMS if settings.shuffle else 1
+        self._full = np.zeros((len(self.buckets), streams), np.int64)
+        for number, bucket in enumerate(self.buckets):
+            steps = np.flatnonzero(labels == number)[: bucket.num_rows // size]  # the tail batch is the last
+            stream = steps % streams
+            for one in range(streams):
+                mine = steps[stream == one]
+                self._ordinal[mine] = np.arange(len(mine))
+                self._full[number, one] = len(mine)
+
+    @property
+    def num_batches(self) -> int:
+        return len(self._bucket_of)
+
+    def bucket_of(self, step: int) -> int:
+        """Number of the bucket that a batch is of."""
+        return int(self._bucket_of[step])
+
+    def share(self, step: int, lanes: range) -> Share:
+        """The rows at some places of the batch at a step of the epoch, 0 <= step < num_batches."""
+        number = self.bucket_of(step)
+        ordinal = int(self._ordinal[step])
+        if ordinal < 0:
+            return self._tail_share(number, lanes)
+        if not self.settings.shuffle:
+            start = ordinal * self.settings.batch_size
+            return self._share_in_order(number, [start + lane for lane in lanes], [False] * len(lanes))
+        return self._lane_share(number, step % STREAMS, ordinal, lanes)
+
+    def _blocks_of(self, number: int) -> _Blocks:
+        if number not in self._blocks:
+            self._blocks[number] = _Blocks(self.buckets[number], number, self.settings, self.epoch)
+        return self._blocks[number]
+
+    def _lane_share(self, number: int, stream: int, ordinal: int, lanes: range) -> Share:
+        blocks, length = self._blocks_of(number), int(self._full[number, stream])
+        start = int(self._full[number, :stream].sum()) * self.settings.batch_size
+        starts = start + np.arange(lanes.start, lanes.stop) * length
+        block = np.searchsorted(blocks.stop, starts + ordinal, side="right")
+        lows = np.maximum(starts, blocks.start[block])
+        highs = np.minimum(starts + length, blocks.stop[block])
+        pieces, rows, finished = [], [], []
+        for at, low, high, position in zip(
+            block.tolist(), lows.tolist(), highs.tolist(), (starts + ordinal).tolist(), strict=True
+        ):
+            piece = blocks.piece(at, low, high)
+            pieces.append(piece)
+            rows.append(piece.first + int(self._order_in(number, low, high)[position - low]))
+            if position == high - 1:
+                finished.append(piece)
+        return Share(
+            bucket=number,
+            stream=stream,
+            pieces=tuple(pieces),
+            rows=tuple(rows),
+            is_padding=(False,) * len(rows),
+            finished=tuple(finished),
+        )
+
+    def _order_in(self, number: int, low: int, high: int) -> np.ndarray:
+        """The order of a piece's rows; remembered, since a piece lasts for many batches."""
+        order = self._orders.get((number, low))
+        if order is None:
+            if len(self._orders) >= _CACHED_ORDERS:
+                self._orders.clear()
+            order = random_order(high - low, "rows", self.settings.seed, self.epoch, self.buckets[number].name, low)
+            self._orders[number, low] = order
+        return order
+
+    def _tail_share(self, number: int, lanes: range) -> Share:
+        """What is left of a bucket, and then the same rows again until the batch is full."""
+        total = self.buckets[number].num_rows
+        rest = total % self.settings.batch_size
+        positions = [total - rest + lane % rest for lane in lanes]
+        return self._share_in_order(number, positions, [lane >= rest for lane in lanes])
+
+    def _share_in_order(self, number: int, positions: Sequence[int], is_padding: Sequence[bool]) -> Share:
+        """Rows at given positions of the sequence; what they share with a block is one piece."""
+        blocks = self._blocks_of(number)
+        block = np.searchsorted(blocks.stop, np.asarray(positions), side="right").tolist()
+        low = {at: min(p for p, of in zip(positions, block, strict=True) if of == at) for at in set(block)}
+        high = {at: max(p for p, of in zip(positions, block, strict=True) if of == at) + 1 for at in set(block)}
+        piece = {at: blocks.piece(at, low[at], high[at]) for at in sorted(low)}
+        return Share(
+            bucket=number,
+            stream=None,
+            pieces=tuple(piece[at] for at in block),
+            rows=tuple(piece[at].first + position - low[at] for position, at in zip(positions, block, strict=True)),
+            is_padding=tuple(is_padding),
+            finished=tuple(piece.values()),
+        )
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """All epochs. A batch's number counts from the first one of epoch 0; every epoch has as many."""
+
+    buckets: tuple[BucketRows, ...]
+    settings: OrderSettings
+
+    @cached_property
+    def batches_per_epoch(self) -> int:
+        return sum(num_batches(bucket.num_rows, self.settings) for bucket in self.buckets)
+
+    @property
+    def too_small(self) -> dict[str, int]:
+        """Rows of the buckets that never give a batch: they have less than one, and tails are dropped."""
+        return {
+            bucket.name: bucket.num_rows for bucket in self.buckets if not num_batches(bucket.num_rows, self.settings)
+        }
+
+    @property
+    def dropped_per_epoch(self) -> dict[str, int]:
+        """Rows of each bucket that an epoch leaves out: with shuffling, others in every epoch."""
+        size = self.settings.batch_size
+        rest = {bucket.name: bucket.num_rows % size for bucket in self.buckets}
+        return {name: rows for name, rows in rest.items() if rows and self.settings.tail == "drop"}
+
+    def position(self, number: int) -> tuple[int, int]:
+        """(epoch, step) of a batch."""
+        if number < 0:
+            raise ValueError(f"batch: expected at least 0, got {number}")
+        return divmod(number, self.batches_per_epoch)
+
+    def epoch(self, epoch: int) -> EpochPlan:
+        return EpochPlan(self.buckets, self.settings, epoch)
+
+    def lanes(self, rank: int, world_size: int) -> range:
+        """The places of a rank in every batch. ValueError if they cannot be shared out evenly."""
+        size = self.settings.batch_size
+        if world_size < 1 or not 0 <= rank < world_size:
+            raise ValueError(f"rank: expected 0 <= rank < world_size, got rank {rank} of {world_size}")
+        if size % world_size:
+            raise ValueError(
+                f"batch_size: expected a multiple of world_size={world_size}, since it counts the rows of all ranks "
+                f"together, got {size}"
+            )
+        return range(rank * size // world_size, (rank + 1) * size // world_size)
