@@ -187,6 +187,7 @@ def check_compiled_chunks(vae, backend):
     torch.testing.assert_close(compiled(latent[:, :, 2:], state)[0], expected, **ROUNDING)
 
 
+@pytest.mark.slow
 def test_the_steady_chunk_is_one_graph(vae):
     check_compiled_chunks(vae, backend="eager")
 

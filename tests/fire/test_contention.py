@@ -194,6 +194,7 @@ def test_an_output_that_cannot_be_written(fire: Fire, tmp_path: Path, mounted: C
     fire.require_equal(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_full_scratch_folder_is_named(fire: Fire, tmp_path: Path, mounted: Callable[[Path, str], Disk]) -> None:
     """Nothing of the shard is stored; with room again the same command finishes."""
     disks = [mounted(node.scratch, "size=24k") for node in fire.cluster.nodes]

@@ -113,7 +113,7 @@ def assert_same(one: Account, other: Account) -> None:
 
 def test_mutated_clips(small_clips: dict[str, bytes], pool: DecodePool) -> None:
     """Twice, by two children and by one: what becomes of a clip is a function of its bytes."""
-    numbers = seeds(0, 400)
+    numbers = seeds(0, 150)
     by_two = sweep(small_clips, numbers, pool)
     with DecodePool(POLICY, 1) as single:
         by_one = sweep(small_clips, numbers, single)
@@ -122,7 +122,7 @@ def test_mutated_clips(small_clips: dict[str, bytes], pool: DecodePool) -> None:
 
 def test_mutated_clips_with_decord_first(small_clips: dict[str, bytes]) -> None:
     """decord decodes in a thread of its own; what it gives must not depend on who is quicker."""
-    numbers = seeds(0, 100)
+    numbers = seeds(0, 40)
     policy = POLICY.model_copy(update={"backends": ("decord", "pyav")})
     results = []
     for children in (2, 1):

@@ -63,7 +63,7 @@ def sweep(path: Path, numbers: list[int]) -> None:
 
 
 def test_mutated_configs(tmp_path: Path) -> None:
-    sweep(tmp_path / "config.yaml", seeds(0, 250))
+    sweep(tmp_path / "config.yaml", seeds(0, 120))
 
 
 @pytest.mark.slow

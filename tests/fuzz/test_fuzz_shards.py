@@ -111,7 +111,7 @@ def sweep(
 def test_mutated_tars_and_sidecars(
     tmp_path: Path, small_clips: dict[str, bytes], pool: DecodePool, scratch: Scratch
 ) -> None:
-    sweep(tmp_path, small_clips, seeds(0, 50), pool, scratch)
+    sweep(tmp_path, small_clips, seeds(0, 25), pool, scratch)
 
 
 @pytest.mark.slow

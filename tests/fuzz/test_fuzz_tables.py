@@ -85,7 +85,7 @@ def sweep(folder: Path, tables: dict[str, list[bytes]], suffix: str, numbers: li
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 def test_mutated_tables(folder: Path, tables: dict[str, list[bytes]], suffix: str) -> None:
-    sweep(folder, tables, suffix, seeds(0, 200))
+    sweep(folder, tables, suffix, seeds(0, 100))
 
 
 @pytest.mark.slow

@@ -66,6 +66,7 @@ def test_a_long_clip_has_its_length(tmp_path: Path) -> None:
         assert sum(1 for _ in frames) == 481
 
 
+@pytest.mark.slow
 def test_the_pipeline_and_the_bare_loop(tmp_path: Path) -> None:
     """Real jobs, a few seconds long."""
     case = Case(spec="cvvae-sd21-tiny", size=16, max_windows=1, clips_per_shard=2, tiles_per_batch=2)

@@ -161,6 +161,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_workers_are_one(tiny_run: Run, tmp_path: Path) -> None:
     alone, shared = (tiny_run(name, loop={"steps": 2}, **SMOOTH) for name in ("alone", "shared"))
     (tmp_path / "settings.json").write_text(shared.model_dump_json())
@@ -210,6 +211,7 @@ def test_another_runs_folder_is_refused(tiny_run: Run) -> None:
         train(tiny_run(loop={"steps": 1}, generator={"lr": 0.1}))
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_a_longer_run_goes_on_from_a_finished_one(tiny_run: Run) -> None:
     settings = tiny_run(generator={"schedule": "constant"}, loop={"steps": 2})
