@@ -40,6 +40,7 @@ from torch import Tensor
 
 from cvvae import SPECS, VideoVAE, build_vae, load_vae, seeded_vae
 from cvvae.streaming import apply_in_chunks, plan_chunks
+from jobs.bench_report import return_free_memory
 from jobs.measure_precision import difference, smooth_video
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -178,6 +179,7 @@ def _planned(vae: VideoVAE, way: Way) -> VideoVAE:
 
 
 def _timed_run(vae: VideoVAE, way: Way, video_BCTHW: Tensor, file: Path) -> Figures:
+    return_free_memory()  # or the run would be given what making the model left behind
     meter = _MemoryMeter(vae.device)
     mean_BCTHW, pixels_BCTHW, seconds = _run(vae, way, video_BCTHW)
     peak_mib = meter.peak_mib()
