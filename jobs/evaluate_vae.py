@@ -36,14 +36,10 @@ from jobs.evaluation.run import Evaluation, NamedVAE, run_evaluation
 from jobs.messages import report_errors
 from pipeline.checkpoints import VAESource, load_source
 from pipeline.errors import ConfigError
+from pipeline.formats.tensors import TORCH_DTYPES
 from pipeline.policies import DTypeName
 
 _LABEL = re.compile(r"[\w.+ -]+")
-DTYPES: dict[DTypeName, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +82,7 @@ def evaluate(
         overrides = _Overrides(metric, frames, size, frame_stride, limit, motion_subset)
         chosen = apply_overrides(find_preset(preset), overrides)
         target = open_device(device)
-        vaes = load_vaes(vae, seed=seed, dtype=DTYPES[dtype], device=target)
+        vaes = load_vaes(vae, seed=seed, dtype=TORCH_DTYPES[dtype], device=target)
         evaluation = Evaluation(
             preset=chosen,
             vaes=vaes,

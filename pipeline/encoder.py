@@ -26,13 +26,9 @@ from torch import Tensor
 from cvvae import DiagonalGaussian, Tile, VideoVAE
 from cvvae.conv_probe import ConvProbe, probe_conv3d
 from pipeline.errors import ConfigError
+from pipeline.formats.tensors import TORCH_DTYPES
 from pipeline.policies import DTypeName, EncodePolicy
 
-DTYPES: dict[DTypeName, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 _LIBRARIES = ("torch", "numpy", "pillow", "av", "decord", "pyarrow", "webdataset")
 _TAIL_BATCH_SHARE = 4
 
@@ -100,12 +96,13 @@ class TileEncoder:
         self.spec = vae.spec
         self.clock = EncodeClock()
         self._memory_format = _memory_format(policy)
-        self._vae = vae.eval().requires_grad_(False).to(device=device, dtype=DTYPES[policy.dtype])
+        self._vae = vae.eval().requires_grad_(False).to(device=device, dtype=TORCH_DTYPES[policy.dtype])
         self._vae.use_memory_format(self._memory_format)
         self._encode_tile = torch.compile(vae.encode_tile) if policy.compile else vae.encode_tile
         self._thread = ThreadPoolExecutor(1, "encode", initializer=make_deterministic, initargs=(threads,))
         if policy.dtype != "float32":
-            probed = self._thread.submit(probe_conv3d, DTYPES[policy.dtype], device, self._memory_format).result()
+            dtype = TORCH_DTYPES[policy.dtype]
+            probed = self._thread.submit(probe_conv3d, dtype, device, self._memory_format).result()
             check_convolutions(probed, policy.dtype, device)
 
     def batch_size(self, tile_shape: tuple[int, int, int]) -> int:
@@ -143,7 +140,7 @@ class TileEncoder:
         if self.device.type == "cuda":
             frames = frames.pin_memory().to(self.device, non_blocking=True)
         video_BCTHW = frames.permute(0, 4, 1, 2, 3).float().div_(127.5).sub_(1.0)
-        video_BCTHW = video_BCTHW.to(dtype=DTYPES[self.policy.dtype], memory_format=self._memory_format)
+        video_BCTHW = video_BCTHW.to(dtype=TORCH_DTYPES[self.policy.dtype], memory_format=self._memory_format)
         moments = self._encode_tile(video_BCTHW, num_frames=num_frames).to("cpu", torch.float32)
         ended = time.perf_counter()
         self.clock.busy_seconds += ended - started

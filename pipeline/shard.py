@@ -25,9 +25,10 @@ from cvvae import DiagonalGaussian
 from pipeline.dataset import describe_file, describe_stored, index_name, shard_name
 from pipeline.decode.pool import ClipDone, ClipRetracted, DecodeEvent, DecodePool, WindowReady
 from pipeline.documents import Document, RejectionRecord, RunIdentity, ShardReceipt, SourceRecord, StoredObject
-from pipeline.encoder import DTYPES, StageClock, TileBatcher, TileEncoder
+from pipeline.encoder import StageClock, TileBatcher, TileEncoder
 from pipeline.errors import ClipError, DatasetError, RejectionClass, ShardError
 from pipeline.formats import FORMATS, ShardHeader, write_index
+from pipeline.formats.tensors import TORCH_DTYPES
 from pipeline.ledger import ClipAttempt, ClipLost, ShardLedger
 from pipeline.manifest import rows_per_bucket, rows_per_decoder
 from pipeline.policies import DecodePolicy, FormatName, ResizePolicy, WindowPolicy
@@ -95,7 +96,7 @@ class ShardEncoder:
         self._pool = pool
         self._scratch = scratch
         self._format = FORMATS[job.format]
-        self._storage_dtype = DTYPES[job.identity.storage_dtype]
+        self._storage_dtype = TORCH_DTYPES[job.identity.storage_dtype]
 
     def run(self, shard: VideoShard) -> ShardStored:
         """Encode and store one shard. ShardError if what is stored under its name cannot be ours, or if there is no

@@ -18,9 +18,9 @@ import torch
 from cvvae import VAESpec, spec_from_dict
 from pipeline.dataset import MANIFEST, DatasetFolder, describe_file
 from pipeline.documents import Manifest, RunFile, ShardReceipt, StoredObject
-from pipeline.encoder import DTYPES
 from pipeline.errors import DatasetError, PipelineError
 from pipeline.formats import FORMATS, IndexRow, read_index, read_payload
+from pipeline.formats.tensors import TORCH_DTYPES
 from pipeline.manifest import build_manifest, rows_per_bucket, rows_per_decoder
 from pipeline.records import Clip, Latent, VideoShard
 from pipeline.sources import SourceDigest, SourceSpec, read_shard
@@ -244,7 +244,7 @@ def _latent_problems(run: RunFile, spec: VAESpec, latent: Latent) -> Iterator[st
     if len(tensors) != 1 + run.identity.logvar:
         yield f"{row.key}: logvar is {'missing' if run.identity.logvar else 'there but not expected'}"
     for tensor in tensors:
-        if tuple(tensor.shape) != expected or tensor.dtype != DTYPES[run.identity.storage_dtype]:
+        if tuple(tensor.shape) != expected or tensor.dtype != TORCH_DTYPES[run.identity.storage_dtype]:
             wanted = f"{expected} {run.identity.storage_dtype}"
             yield f"{row.key}: expected {wanted}, got {tuple(tensor.shape)} {tensor.dtype}"
         if not bool(torch.isfinite(tensor).all()):

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from cvvae import VideoVAE, save_vae
 from cvvae.image_vae_checkpoint import save_image_vae
+from pipeline.formats.tensors import TORCH_DTYPES
 from pipeline.storage import Store
 from pipeline.training.frame_vae import FrameVAE
 from pipeline.training.settings import SampleSource, TrainSettings, portable
-from pipeline.training.steps import DTYPES
 
 FOLDER = "export"
 CARD_NAME = "README.md"
@@ -37,7 +37,7 @@ def export_model(store: Store, model: VideoVAE, facts: ExportFacts) -> None:
     """Write config.json, the weights and README.md under export/, the config last of the two that are loaded."""
     with tempfile.TemporaryDirectory(prefix="export-") as scratch:
         folder = Path(scratch)
-        model = copy.deepcopy(model).to(DTYPES[facts.settings.keep.export_dtype])
+        model = copy.deepcopy(model).to(TORCH_DTYPES[facts.settings.keep.export_dtype])
         if isinstance(model, FrameVAE):
             scale, shift = model.spec.scaling_factor, model.spec.shift_factor
             assert isinstance(scale, float)

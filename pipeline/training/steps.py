@@ -19,16 +19,12 @@ from cvvae.image_vae import ImageVAE
 from cvvae.losses import PerceptualDistance, VAELoss
 from cvvae.regularization import Forward, forward_pass
 from pipeline.errors import ConfigError
+from pipeline.formats.tensors import TORCH_DTYPES
 from pipeline.policies import DTypeName
 from pipeline.training.batches import Batch, to_video
 from pipeline.training.workers import Workers
 
 Figures = dict[str, float]
-DTYPES: dict[DTypeName, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 
 
 @dataclass(slots=True)
@@ -58,7 +54,7 @@ class Precision:
             raise ConfigError(
                 f"loop.precision: expected float32 on a CPU, got {name}: its gradients are not right there"
             )
-        self._device, self._dtype = device.type, DTYPES[name]
+        self._device, self._dtype = device.type, TORCH_DTYPES[name]
         self.scaled = name == "float16"
 
     def autocast(self) -> torch.autocast:
