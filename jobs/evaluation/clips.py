@@ -6,7 +6,6 @@ are when latents are made of them. Images go through Pillow and the same resizer
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import random
@@ -26,12 +25,12 @@ from pipeline.errors import ClipError, ConfigError, RejectionClass, SourceError
 from pipeline.policies import ResizePolicy, WindowPolicy
 from pipeline.records import Clip, Rejection, SourceVideo, Window
 from pipeline.sources import SourceDigest, WebDatasetSource, read_shard
+from pipeline.sources.clip_file import fetch_clip
 from pipeline.sources.spec import VIDEO_EXTENSIONS
 from pipeline.sources.tar import plan_tars
-from pipeline.storage import glob_objects, list_folder, object_info, open_stream
+from pipeline.storage import glob_objects, list_folder, object_info
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")
-_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +147,7 @@ class WindowReader:
 
     def _file(self, file: ClipFile) -> Iterator[Clip | Rejection]:
         try:
-            blob, sha256 = _fetch(file, self._pool.policy.max_clip_bytes)
+            blob, sha256 = fetch_clip(file.url, None, max_bytes=self._pool.policy.max_clip_bytes)
         except ClipError as error:
             yield Rejection.from_error(error, key=file.key, shard_id="clips")
             return
@@ -227,28 +226,9 @@ class WindowReader:
         self.failures[rejection.key, rejection.error_class] = rejection
 
 
-def _fetch(file: ClipFile, max_bytes: int) -> tuple[Blob, str]:
-    """The file's bytes and their sha256. ClipError if it is gone or too large."""
-    digest, blob = hashlib.sha256(), Blob.create()
-    try:
-        with open_stream(file.url) as stream:
-            while chunk := stream.read(_CHUNK):
-                digest.update(chunk)
-                blob.write(chunk)
-                if blob.size > max_bytes:
-                    raise ClipError(RejectionClass.TOO_LARGE, "read", f"over {max_bytes} bytes")
-    except FileNotFoundError as error:
-        blob.close()
-        raise ClipError(RejectionClass.MISSING_FILE, "read", "no such file") from error
-    except BaseException:
-        blob.close()
-        raise
-    return blob, digest.hexdigest()
-
-
 def _image_frame(file: ClipFile, fitted: FittedShape, max_bytes: int) -> np.ndarray:
     """(H, W, 3) uint8. ClipError if Pillow cannot read it, or it is too small."""
-    blob, _ = _fetch(file, max_bytes)
+    blob, _ = fetch_clip(file.url, None, max_bytes=max_bytes)
     try:
         with blob, Image.open(io.BytesIO(blob.map() if blob.size else b"")) as image:
             pixels_HWC = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))

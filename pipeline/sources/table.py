@@ -24,9 +24,9 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.decode.blob import Blob
 from pipeline.errors import ClipError, ConfigError, RejectionClass, SourceChanged, SourceError
 from pipeline.records import Clip, Rejection, VideoShard
+from pipeline.sources.clip_file import fetch_clip
 from pipeline.sources.digest import SourceDigest
 from pipeline.sources.keys import require_safe_key
 from pipeline.sources.metadata import plain_json
@@ -326,7 +326,7 @@ def _to_clip(
     caption = _caption(row, spec.caption_column)
     metadata = _json_types(row)
     uri = _fill(spec.uri, row, RejectionClass.NO_VIDEO)
-    blob, sha256 = _fetch(_resolve(uri, spec), spec, max_clip_bytes)
+    blob, sha256 = fetch_clip(_resolve(uri, spec), spec.options, max_bytes=max_clip_bytes)
     return Clip(
         key=key,
         shard_id=shard.id,
@@ -364,22 +364,3 @@ def _resolve(uri: str, spec: TableSource) -> str:
         return uri
     root = spec.root if spec.root is not None else spec.url.rpartition("/")[0]
     return f"{root.rstrip('/')}/{uri}" if root else uri
-
-
-def _fetch(url: str, spec: TableSource, max_clip_bytes: int) -> tuple[Blob, str]:
-    digest = hashlib.sha256()
-    blob = Blob.create()
-    try:
-        with open_stream(url, spec.options) as stream:
-            while chunk := stream.read(_CHUNK):
-                digest.update(chunk)
-                blob.write(chunk)
-                if blob.size > max_clip_bytes:
-                    raise ClipError(RejectionClass.TOO_LARGE, "read", f"{url}: over {max_clip_bytes} bytes")
-    except (FileNotFoundError, ValueError) as error:  # ValueError: no path or URL at all, such as one with a NUL
-        blob.close()
-        raise ClipError(RejectionClass.MISSING_FILE, "read", f"{url!r}: no such file") from error
-    except BaseException:
-        blob.close()
-        raise
-    return blob, digest.hexdigest()
