@@ -7,13 +7,11 @@ the tars of its own lanes only.
 
 from __future__ import annotations
 
-import queue
 import random
-import threading
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from itertools import islice
 from types import TracebackType
@@ -24,10 +22,10 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import ClipError, ConfigError, SourceError
-from pipeline.prefetch import prefetched
+from pipeline.prefetch import close_clip, prefetched
 from pipeline.records import Clip, Rejection, VideoShard
 from pipeline.sources import SourceDigest, plan_source, read_shard
-from pipeline.training.draws import MAX_SAMPLE_BYTES, READ_AHEAD, Draw, LanePlan, Position, close, draws
+from pipeline.training.draws import MAX_SAMPLE_BYTES, READ_AHEAD, Draw, LanePlan, Position, draws
 from pipeline.training.samples import SampleDecoder, draw_cut
 from pipeline.training.settings import DataSettings, SampleSource
 
@@ -102,7 +100,7 @@ class Loader:
         workers divide the lanes."""
         if data.lanes % num_workers:
             raise ConfigError(f"data.lanes: expected a multiple of the {num_workers} workers, got {data.lanes}")
-        self._data, self._seed, self._steps = data, seed, range(start, stop)
+        self._data, self._seed = data, seed
         self._share = range(rank, data.lanes, num_workers)
         self._decoder = SampleDecoder(data.decode_children, data.sources)
         self._executor = ThreadPoolExecutor(data.decode_children + 1, thread_name_prefix="decode-sample")
@@ -111,36 +109,13 @@ class Loader:
             for source in data.sources
             for lane in self._share
         }
-        self._ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=data.prefetch_batches)
-        self._leaving = threading.Event()
-        self._thread = threading.Thread(target=self._fill, name="batches", daemon=True)
-        self._thread.start()
+        self._ahead = ExitStack()
+        made = (self._batch(step) for step in range(start, stop))
+        self._batches = self._ahead.enter_context(prefetched(made, depth=data.prefetch_batches))
 
     def __iter__(self) -> Iterator[Batch]:
         """Once. Errors of the sources are raised where their batch would have come."""
-        while (item := self._ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-
-    def _fill(self) -> None:
-        last: BaseException | None = None
-        try:
-            for step in self._steps:
-                if not self._put(self._batch(step)):
-                    return
-        except BaseException as error:  # noqa: BLE001 - raised again in the consumer's thread
-            last = error
-        self._put(last)
-
-    def _put(self, item: Batch | BaseException | None) -> bool:
-        while not self._leaving.is_set():
-            try:
-                self._ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-            return True
-        return False
+        return self._batches
 
     def _batch(self, step: int) -> Batch:
         source = source_of_step(self._data.sources, self._seed, step)
@@ -208,8 +183,7 @@ class Loader:
 
     def close(self) -> None:
         """End the thread and the decode children."""
-        self._leaving.set()
-        self._thread.join()
+        self._ahead.close()
         self._executor.shutdown(wait=True, cancel_futures=True)
         self._decoder.close()
 
@@ -234,7 +208,7 @@ def held_out_frames(
     with SampleDecoder(1, (source,)) as decoder:
         for number, clip in enumerate(islice(_clips(source), count)):
             if number % num_workers != rank:
-                close(clip)
+                close_clip(clip)
                 continue
             try:
                 found.append((clip.key, decoder.decode(clip, centred, draw_cut(centred, ""))))

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pipeline.errors import SourceError
-from pipeline.prefetch import prefetched
+from pipeline.prefetch import close_clip, prefetched
 from pipeline.records import Clip, Rejection, VideoShard
 from pipeline.sources import SourceDigest, WebDatasetSource, read_shard
 
@@ -97,21 +97,16 @@ def _of_tar(plan: LanePlan, shard: VideoShard, epoch: int, number: int, skip: in
     reader = read_shard(shard, plan.source, max_clip_bytes=MAX_SAMPLE_BYTES, digest=SourceDigest())
     rng = random.Random(f"{plan.seed}/{plan.source_name}/{epoch}/{shard.id}/{plan.lane}")
     with prefetched(reader, depth=READ_AHEAD) as samples:
-        mine = (
+        mine = (  # what goes by unused is closed when it is collected
             sample
-            for ordinal, sample in _kept(samples)
+            for ordinal, sample in enumerate(samples)
             if not plan.shares_tars or ordinal % plan.num_lanes == plan.lane
         )
         for drawn, (sample, is_last) in enumerate(_with_end(_shuffled(mine, plan.buffer, rng)), start=1):
             if drawn <= skip:
-                close(sample)
+                close_clip(sample)
                 continue
             yield Draw(sample, epoch, after_tar if is_last else Position(epoch, number, drawn))
-
-
-def _kept(samples: Iterator[Clip | Rejection]) -> Iterator[tuple[int, Clip | Rejection]]:
-    """With their number in the tar. What goes by unused is closed when it is collected."""
-    yield from enumerate(samples)
 
 
 def _shuffled(samples: Iterator[Clip | Rejection], size: int, rng: random.Random) -> Iterator[Clip | Rejection]:
@@ -135,9 +130,3 @@ def _with_end(samples: Iterator[Clip | Rejection]) -> Iterator[tuple[Clip | Reje
         waiting = sample
     if waiting is not None:
         yield waiting, True
-
-
-def close(sample: Clip | Rejection) -> None:
-    """Give a sample's bytes back."""
-    if isinstance(sample, Clip):
-        sample.video.close()

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import SourceError
+from pipeline.prefetch import close_clip
 from pipeline.sources import WebDatasetSource, plan_source
-from pipeline.training.draws import Draw, LanePlan, Position, close, draws
+from pipeline.training.draws import Draw, LanePlan, Position, draws
 
 SAMPLES = 15  # of the three tars: 3 clips, a failed and a broken one in each
 
@@ -33,7 +34,7 @@ def taken(lane: LanePlan, count: int, start: Position | None = None) -> list[Dra
     found = list(islice(stream, count))
     stream.close()  # type: ignore[attr-defined] - a generator
     for draw in found:
-        close(draw.sample)
+        close_clip(draw.sample)
     return found
 
 
