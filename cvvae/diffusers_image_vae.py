@@ -162,9 +162,9 @@ def with_new_attention_keys(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key, value in tensors.items():
         path, _, kind = key.rpartition(".")
         block, _, layer = path.rpartition(".")
-        if ".attentions." in path and layer in _OLD_ATTENTION:
-            key = f"{block}.{_OLD_ATTENTION[layer]}.{kind}"
-            # linear layers, which a few files store as 1x1 convolutions
+        if ".attentions." in path:
+            key = f"{block}.{_OLD_ATTENTION.get(layer, layer)}.{kind}"
+            # linear layers, which LDM and a few others store as 1x1 convolutions
             value = value.flatten(1) if value.ndim == 4 else value
         renamed[key] = value
     return renamed

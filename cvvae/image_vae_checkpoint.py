@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from cvvae.diffusers_image_vae import with_new_attention_keys
 from cvvae.image_vae import NORM_GROUPS, NUM_RES_BLOCKS, ImageVAE
 from cvvae.weights import CONFIG_NAME, check_tensors, file_sha256, read_config, read_tensors
 
@@ -183,12 +184,6 @@ _LDM_TO_DIFFUSERS = (
     (r"coder\.norm_out\.", "coder.conv_norm_out."),
     (r"\.nin_shortcut\.", ".conv_shortcut."),
 )
-_OLD_DIFFUSERS = (
-    (r"(attentions\.0)\.query\.", r"\1.to_q."),
-    (r"(attentions\.0)\.key\.", r"\1.to_k."),
-    (r"(attentions\.0)\.value\.", r"\1.to_v."),
-    (r"(attentions\.0)\.proj_attn\.", r"\1.to_out.0."),
-)
 
 
 def _in_diffusers_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -199,12 +194,10 @@ def _in_diffusers_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key, tensor in tensors.items():
         name = re.sub(r"\.up\.(\d+)\.block\.", lambda m: f".up_blocks.{deepest - int(m[1])}.resnets.", key)
         name = re.sub(r"\.up\.(\d+)\.upsample\.", lambda m: f".up_blocks.{deepest - int(m[1])}.upsamplers.0.", name)
-        for pattern, replacement in (*_LDM_TO_DIFFUSERS, *_OLD_DIFFUSERS):
+        for pattern, replacement in _LDM_TO_DIFFUSERS:
             name = re.sub(pattern, replacement, name)
-        # a 1x1 convolution of a position is a linear layer
-        is_projection = re.search(r"attentions\.0\.to_.*weight$", name) and tensor.ndim == 4
-        renamed[name] = tensor.flatten(1) if is_projection else tensor
-    return renamed
+        renamed[name] = tensor
+    return with_new_attention_keys(renamed)
 
 
 def _with_quant_convs(tensors: Mapping[str, Tensor], *, where: str) -> dict[str, Tensor]:

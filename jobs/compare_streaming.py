@@ -39,8 +39,9 @@ from rich.table import Table
 from torch import Tensor
 
 from cvvae import SPECS, VideoVAE, build_vae, load_vae, seeded_vae
+from cvvae.metrics import psnr_of_videos, to_unit_range
 from cvvae.streaming import apply_in_chunks, plan_chunks
-from jobs.bench_report import return_free_memory
+from jobs.bench_report import peak_rss_mib, reset_peak_rss, return_free_memory, rss_mib
 from jobs.measure_precision import difference, smooth_video
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -249,24 +250,16 @@ class _MemoryMeter:
             torch.cuda.reset_peak_memory_stats(device)
             self._before: float | None = torch.cuda.memory_allocated(device) / 2**20
         else:
-            reset = Path("/proc/self/clear_refs")
-            self._before = _resident_mib("VmRSS") if reset.exists() else None
-            if self._before is not None:
-                reset.write_text("5")  # the kernel's peak starts anew
+            self._before = rss_mib()
+            reset_peak_rss()
 
     def peak_mib(self) -> float | None:
         if self._before is None:
             return None
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device) / 2**20 - self._before
-        peak = _resident_mib("VmHWM")
+        peak = peak_rss_mib()
         return None if peak is None else peak - self._before
-
-
-def _resident_mib(field: str) -> float | None:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    kib = next((line.split()[1] for line in lines if line.startswith(f"{field}:")), None)
-    return None if kib is None else int(kib) / 1024
 
 
 def _cells(
@@ -277,6 +270,7 @@ def _cells(
     # one shot, or the first way that could be run where that could not
     reference = next(other for other in ways if not isinstance(results[other], str))
     expected = safetensors.torch.load_file(folder / f"{reference}.safetensors")
+    pixels, video = (to_unit_range(got[name], (-1.0, 1.0)) for name in ("pixels", "video"))
     deviations = [
         "-" if reference == way else f"{difference(got[part], expected[part])[0]:.1e}" for part in ("mean", "pixels")
     ]
@@ -285,14 +279,8 @@ def _cells(
         f"{statistics.median(item.decode_seconds for item in figures):.2f}",
         f"{statistics.median(peaks):.0f}" if peaks else "?",
         *deviations,
-        f"{psnr(got['pixels'], got['video']):.2f}",
+        f"{psnr_of_videos(pixels, video).item():.2f}",
     )
-
-
-def psnr(pixels: Tensor, video: Tensor) -> float:
-    """Decibels over all frames at once, of values in [-1, 1]; what lies outside is clamped first."""
-    mean_square = (pixels.clamp(-1, 1).double() - video.double()).square().mean()
-    return (10 * torch.log10(4 / mean_square)).item()
 
 
 if __name__ == "__main__":

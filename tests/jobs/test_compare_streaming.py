@@ -10,7 +10,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from jobs.compare_streaming import Figures, Model, Way, compare_streaming, measure, psnr
+from jobs.compare_streaming import Figures, Model, Way, compare_streaming, measure
 from jobs.measure_precision import difference, smooth_video
 
 
@@ -59,9 +59,3 @@ def test_the_table_has_a_row_for_every_way() -> None:
 def test_unknown_specs_are_refused() -> None:
     with pytest.raises(typer.BadParameter, match=r"expected names of SPECS, got \['ivvae'\]"):
         compare_streaming(spec=["ivvae"])
-
-
-def test_psnr_of_known_errors() -> None:
-    video = torch.zeros(1, 3, 1, 4, 4)
-    assert psnr(video + 0.2, video) == pytest.approx(20.0, abs=1e-3)
-    assert psnr(video + 3, video + 1) == float("inf"), "pixels outside of the range are clamped"
