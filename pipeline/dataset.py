@@ -206,17 +206,17 @@ def _differences(standing: RunFile, wanted: RunFile) -> Iterator[str]:
     if standing.format != wanted.format:
         yield f"output.format: the directory has {standing.format!r}, this run has {wanted.format!r}"
     before, now = standing.identity.model_dump(mode="json"), wanted.identity.model_dump(mode="json")
-    yield from _leaf_differences("", before, now)
+    yield from leaf_differences("", before, now)
     # where the source lies may change; how it is cut into shards, keyed and captioned may not
     sources = [{k: v for k, v in run.source.items() if k not in SOURCE_PLACES} for run in (standing, wanted)]
-    yield from _leaf_differences("source", *sources)
+    yield from leaf_differences("source", *sources)
 
 
-def _leaf_differences(prefix: str, before: object, now: object) -> Iterator[str]:
+def leaf_differences(prefix: str, before: object, now: object) -> Iterator[str]:
     if isinstance(before, dict) and isinstance(now, dict):
         for name in sorted(before.keys() | now.keys()):
             where = f"{prefix}.{name}" if prefix else name
-            yield from _leaf_differences(where, before.get(name, "(absent)"), now.get(name, "(absent)"))
+            yield from leaf_differences(where, before.get(name, "(absent)"), now.get(name, "(absent)"))
     elif before != now:
         yield f"{prefix}: the directory has {before!r}, this run has {now!r}"
 

@@ -21,10 +21,9 @@ from pipeline.reader.latent_batch import (
     finished_latents,
     fraction_of,
     noise,
-    seed_of,
 )
 from pipeline.reader.pieces import LoadedPiece, PieceReader
-from pipeline.reader.plan import BatchPlan, EpochPlan, Piece, Share
+from pipeline.reader.plan import BatchPlan, EpochPlan, Piece, Share, seed_of
 
 OnCorrupt = Literal["raise", "skip"]
 READ_AHEAD_BATCHES = 2

@@ -6,7 +6,6 @@ fresh in every epoch, the same in every run, whoever computes it.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cvvae import VAESpec
+from pipeline.reader.plan import seed_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,11 +116,6 @@ class LatentBatch:
         return replace(
             self, latents_BCTHW=self.latents_BCTHW.pin_memory(), is_padding_B=self.is_padding_B.pin_memory()
         )
-
-
-def seed_of(*parts: object) -> int:
-    """128 bits that depend on the parts alone."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=16).digest(), "little")
 
 
 def fraction_of(*parts: object) -> float:

@@ -195,7 +195,7 @@ class PieceReader:
             return known.result()
         try:
             rows = self._load_shard(number)
-        except BaseException as error:
+        except BaseException as error:  # Ctrl-C too: others wait for this future, and it is raised again here
             future.set_exception(error)
             with self._lock:
                 del self._shards[number]

@@ -102,10 +102,14 @@ class Share:
     """Pieces that no later batch needs."""
 
 
+def seed_of(*parts: object) -> int:
+    """128 bits that depend on the parts alone."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=16).digest(), "little")
+
+
 def random_bits(count: int, *parts: object) -> np.ndarray:
     """uint64 (count,) that depend on the parts alone: Philox, whose stream numpy promises not to change."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
-    return np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(count)
+    return np.random.Philox(key=seed_of(*parts)).random_raw(count)
 
 
 def random_order(count: int, *parts: object) -> np.ndarray:

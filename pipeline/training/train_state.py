@@ -8,7 +8,6 @@ The document is written last, so a checkpoint is there whole or not at all, on a
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import tempfile
@@ -22,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from cvvae.weights import file_sha256
 from pipeline.errors import DatasetError
 from pipeline.storage import Store
 
@@ -47,8 +47,7 @@ def save_state(store: Store, state: TrainState) -> None:
     with tempfile.TemporaryDirectory(prefix="train-state-") as folder:
         path = Path(folder) / "state.safetensors"
         safetensors.torch.save_file({name: _plain(value) for name, value in state.tensors.items()}, path)
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = file_sha256(path)
         name = f"{state.step:08d}-{digest[:8]}.safetensors"
         store.create(f"{FOLDER}/{name}", path)
     document = {"format": STATE_FORMAT, "step": state.step, "tensors": name, "sha256": digest, **state.document}
@@ -87,8 +86,7 @@ def load_state(store: Store, step: int) -> TrainState:
     with tempfile.TemporaryDirectory(prefix="train-state-") as folder:
         try:
             path = store.local_file(tensors_name, Path(folder))
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = file_sha256(path)
             if digest != document["sha256"]:
                 raise DatasetError(
                     f"{store.full_url(tensors_name)}: expected sha256 {document['sha256']}, got {digest}"

@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from pipeline.dataset import leaf_differences
 from pipeline.errors import IdentityMismatch, PipelineError
 from pipeline.storage import Store
 from pipeline.training.batches import Batch, Loader, Positions, held_out_frames, plan_shards
@@ -355,15 +356,8 @@ def _claim(store: Store, settings: TrainSettings) -> str | None:
     there = json.loads(store.read_bytes(RUN_FILE))
     if there == document:
         return None
-    differing = _differences(there.get("identity", {}), document["identity"])
+    differing = leaf_differences("", there.get("identity", {}), document["identity"])
     return (
         f"{store.full_url('')}: the run there has other settings: {'; '.join(differing)}. Give another output.url, "
         "or the settings it was begun with"
     )
-
-
-def _differences(there: Any, here: Any, path: str = "") -> list[str]:
-    if isinstance(there, dict) and isinstance(here, dict):
-        names = sorted({*there, *here})
-        return [line for name in names for line in _differences(there.get(name), here.get(name), f"{path}.{name}")]
-    return [] if there == here else [f"{path.lstrip('.')}: {there!r} there, {here!r} here"]

@@ -207,7 +207,7 @@ def test_it_learns_and_exports_what_it_learned(tiny_run: Run) -> None:
 
 def test_another_runs_folder_is_refused(tiny_run: Run) -> None:
     train(tiny_run(loop={"steps": 1}))
-    with pytest.raises(IdentityMismatch, match=r"generator\.lr: 0\.002 there, 0\.1 here"):
+    with pytest.raises(IdentityMismatch, match=r"generator\.lr: the directory has 0\.002, this run has 0\.1"):
         train(tiny_run(loop={"steps": 1}, generator={"lr": 0.1}))
 
 
