@@ -86,7 +86,7 @@ def _stage(content: bytes | Path, staging: Path) -> Path:
     try:
         with out:
             _fill(out, content)
-    except BaseException:
+    except BaseException:  # Ctrl-C too: what was staged is nobody's
         staged.unlink(missing_ok=True)
         raise
     return staged

@@ -87,7 +87,7 @@ class DecodePool:
                 worker.start()
             decoders = [worker.wait_started() for worker in self._workers][-1]
             self._backends = _installed(policy.backends, decoders)
-        except BaseException:
+        except BaseException:  # Ctrl-C too: no child may outlive the attempt
             self.close()
             raise
         self.decoders = tuple(str(decoders[name]) for name in self._backends)

@@ -110,7 +110,7 @@ class PyAvFrames:
                 raise ClipError(RejectionClass.NO_FRAMES, "decode", "the video stream holds no frame")
             self.orientation = _orientation(self._first)
             self.video = _describe(self._container, self._stream, self._first, self.orientation)
-        except BaseException:
+        except BaseException:  # whatever it is passes on; the container must not stay open behind it
             self.close()
             raise
 
