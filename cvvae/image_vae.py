@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cvvae.layers import AttentionNames, NamedSequence, NormSilu, ResBlock, SpatialAttention
 
 NORM_GROUPS = 32
+"""Stable Diffusion's. With fewer channels than a few per group a norm takes each channel's own level away."""
 NUM_RES_BLOCKS = 2
 """Per encoder level; the decoder has one more."""
 _EPS = 1e-6
@@ -23,7 +24,6 @@ _res_block = partial(
     conv1=_conv3,
     conv2=_conv3,
     shortcut=("conv_shortcut", partial(nn.Conv2d, kernel_size=1)),
-    groups=NORM_GROUPS,
     eps=_EPS,
 )
 _ATTENTION = AttentionNames("group_norm", "to_q", "to_k", "to_v", "to_out.0", as_conv=False)
@@ -32,16 +32,19 @@ _ATTENTION = AttentionNames("group_norm", "to_q", "to_k", "to_v", "to_out.0", as
 class ImageVAE(nn.Module):
     """Frames in [-1, 1] <-> moments and latents of an image VAE; sides are divided by 2 ** (levels - 1)."""
 
-    def __init__(self, *, in_channels: int, latent_channels: int, widths: Sequence[int]) -> None:
-        """`widths` are the channels of each level, finest first: multiples of 32."""
+    def __init__(
+        self, *, in_channels: int, latent_channels: int, widths: Sequence[int], norm_groups: int = NORM_GROUPS
+    ) -> None:
+        """`widths` are the channels of each level, finest first: multiples of `norm_groups`."""
         super().__init__()
         self.in_channels = in_channels
         self.latent_channels = latent_channels
         self.widths = tuple(widths)
-        self.encoder = NamedSequence(_encoder_blocks(in_channels, 2 * latent_channels, widths))
+        self.norm_groups = norm_groups
+        self.encoder = NamedSequence(_encoder_blocks(in_channels, 2 * latent_channels, widths, norm_groups))
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
-        self.decoder = NamedSequence(_decoder_blocks(latent_channels, in_channels, widths))
+        self.decoder = NamedSequence(_decoder_blocks(latent_channels, in_channels, widths, norm_groups))
 
     def encode(self, frames: Tensor) -> Tensor:
         """(N, 3, H, W) -> moments (N, 2C, h, w), the mean first."""
@@ -77,35 +80,35 @@ class _FrameAttention(SpatialAttention):
         return super().forward(x.unsqueeze(2)).squeeze(2)
 
 
-def _mid_blocks(width: int) -> _NamedBlocks:
-    yield "mid_block.resnets.0", _res_block(width, width)
-    yield "mid_block.attentions.0", _FrameAttention(width, names=_ATTENTION, groups=NORM_GROUPS, eps=_EPS)
-    yield "mid_block.resnets.1", _res_block(width, width)
+def _mid_blocks(width: int, groups: int) -> _NamedBlocks:
+    yield "mid_block.resnets.0", _res_block(width, width, groups=groups)
+    yield "mid_block.attentions.0", _FrameAttention(width, names=_ATTENTION, groups=groups, eps=_EPS)
+    yield "mid_block.resnets.1", _res_block(width, width, groups=groups)
 
 
-def _encoder_blocks(in_channels: int, out_channels: int, widths: Sequence[int]) -> _NamedBlocks:
+def _encoder_blocks(in_channels: int, out_channels: int, widths: Sequence[int], groups: int) -> _NamedBlocks:
     width = widths[0]
     yield "conv_in", _conv3(in_channels, width)
     for level, level_width in enumerate(widths):
         for block in range(NUM_RES_BLOCKS):
-            yield f"down_blocks.{level}.resnets.{block}", _res_block(width, level_width)
+            yield f"down_blocks.{level}.resnets.{block}", _res_block(width, level_width, groups=groups)
             width = level_width
         if level < len(widths) - 1:
             yield f"down_blocks.{level}.downsamplers.0", _Downsample(width)
-    yield from _mid_blocks(width)
-    yield "conv_norm_out", NormSilu(NORM_GROUPS, width, _EPS)
+    yield from _mid_blocks(width, groups)
+    yield "conv_norm_out", NormSilu(groups, width, _EPS)
     yield "conv_out", _conv3(width, out_channels)
 
 
-def _decoder_blocks(in_channels: int, out_channels: int, widths: Sequence[int]) -> _NamedBlocks:
+def _decoder_blocks(in_channels: int, out_channels: int, widths: Sequence[int], groups: int) -> _NamedBlocks:
     width = widths[-1]
     yield "conv_in", _conv3(in_channels, width)
-    yield from _mid_blocks(width)
+    yield from _mid_blocks(width, groups)
     for number, level_width in enumerate(reversed(widths)):
         for block in range(NUM_RES_BLOCKS + 1):
-            yield f"up_blocks.{number}.resnets.{block}", _res_block(width, level_width)
+            yield f"up_blocks.{number}.resnets.{block}", _res_block(width, level_width, groups=groups)
             width = level_width
         if number < len(widths) - 1:
             yield f"up_blocks.{number}.upsamplers.0", _Upsample(width)
-    yield "conv_norm_out", NormSilu(NORM_GROUPS, width, _EPS)
+    yield "conv_norm_out", NormSilu(groups, width, _EPS)
     yield "conv_out", _conv3(width, out_channels)

@@ -30,7 +30,6 @@ _ONLY: dict[str, Any] = {
     "act_fn": "silu",
     "layers_per_block": NUM_RES_BLOCKS,
     "mid_block_add_attention": True,
-    "norm_num_groups": NORM_GROUPS,
     "latents_mean": None,
     "latents_std": None,
 }
@@ -67,9 +66,10 @@ def load_image_vae(
     root = Path(path)
     weight_file = _weight_file(root)
     config_file = root / CONFIG_NAME
+    groups = NORM_GROUPS
     if root.is_dir() and config_file.is_file():
         config = read_config(config_file)
-        _check_config(config, where=str(config_file))
+        groups = _check_config(config, where=str(config_file))
         scale = _scale_of_config(config, scaling_factor, shift_factor, where=str(config_file))
     elif scaling_factor is None:
         raise ValueError(
@@ -79,7 +79,7 @@ def load_image_vae(
     else:
         scale = (float(scaling_factor), float(shift_factor or 0.0))
     tensors = _with_quant_convs(_in_diffusers_names(_of_image_vae(read_tensors(weight_file))), where=str(weight_file))
-    vae = _image_vae_of(tensors, where=str(weight_file))
+    vae = _image_vae_of(tensors, groups, where=str(weight_file))
     vae.load_state_dict({key: tensor.to(device, torch.float32) for key, tensor in tensors.items()}, assign=True)
     return LoadedImageVAE(
         vae=vae.eval().requires_grad_(False),
@@ -101,6 +101,7 @@ def save_image_vae(
     config = {
         "_class_name": CLASS_NAME,
         **_ONLY,
+        "norm_num_groups": vae.norm_groups,
         "block_out_channels": list(vae.widths),
         "down_block_types": ["DownEncoderBlock2D"] * num_levels,
         "up_block_types": ["UpDecoderBlock2D"] * num_levels,
@@ -136,7 +137,8 @@ def _weight_file(path: Path) -> Path:
     return found
 
 
-def _check_config(config: Mapping[str, Any], *, where: str) -> None:
+def _check_config(config: Mapping[str, Any], *, where: str) -> int:
+    """The number of groups of its norms. ValueError if the config is not this network's."""
     if config.get("_class_name") != CLASS_NAME:
         raise ValueError(f"{where}: _class_name: expected {CLASS_NAME!r}, got {config.get('_class_name')!r}")
     for field, only in _ONLY.items():
@@ -145,6 +147,10 @@ def _check_config(config: Mapping[str, Any], *, where: str) -> None:
     for field, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
         if set(config.get(field, [kind])) != {kind}:
             raise ValueError(f"{where}: {field}: expected {kind!r} throughout, got {config[field]!r}")
+    groups = config.get("norm_num_groups", NORM_GROUPS)
+    if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1:
+        raise ValueError(f"{where}: norm_num_groups: expected a positive integer, got {groups!r}")
+    return groups
 
 
 def _scale_of_config(
@@ -211,7 +217,7 @@ def _with_quant_convs(tensors: Mapping[str, Tensor], *, where: str) -> dict[str,
     return filled
 
 
-def _image_vae_of(tensors: Mapping[str, Tensor], *, where: str) -> ImageVAE:
+def _image_vae_of(tensors: Mapping[str, Tensor], groups: int, *, where: str) -> ImageVAE:
     """The network whose keys and shapes these are, on the meta device."""
     widths: list[int] = []
     while (key := f"encoder.down_blocks.{len(widths)}.resnets.0.conv1.weight") in tensors:
@@ -222,10 +228,10 @@ def _image_vae_of(tensors: Mapping[str, Tensor], *, where: str) -> ImageVAE:
         raise ValueError(
             f"{where}: encoder.conv_in.weight: expected a 2-D convolution's of an image VAE, got shape {first}"
         )
-    if not widths or any(width % NORM_GROUPS for width in widths):
-        raise ValueError(f"{where}: widths: expected positive multiples of {NORM_GROUPS}, got {tuple(widths)}")
+    if not widths or any(width % groups for width in widths):
+        raise ValueError(f"{where}: widths: expected positive multiples of {groups}, got {tuple(widths)}")
     with torch.device("meta"):
-        vae = ImageVAE(in_channels=first[1], latent_channels=latent[1], widths=widths)
+        vae = ImageVAE(in_channels=first[1], latent_channels=latent[1], widths=widths, norm_groups=groups)
     check_tensors(tensors, vae, where=where)
     return vae
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from cvvae.cv_vae import CVVAE, CVVAESpec
-from cvvae.image_vae import NORM_GROUPS, NUM_RES_BLOCKS, ImageVAE
+from cvvae.image_vae import NUM_RES_BLOCKS, ImageVAE
 from cvvae.image_vae_checkpoint import LoadedImageVAE
 from cvvae.layers import (
     NamedSequence,
@@ -71,7 +71,7 @@ def check_image_vae(image: LoadedImageVAE, spec: CVVAESpec) -> None:
         "latent_channels": image.vae.latent_channels,
         "widths": image.vae.widths,
         "num_res_blocks": NUM_RES_BLOCKS,
-        "norm_groups": NORM_GROUPS,
+        "norm_groups": image.vae.norm_groups,
         "scaling_factor": image.scaling_factor,
         "shift_factor": image.shift_factor,
     }

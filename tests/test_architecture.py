@@ -16,7 +16,12 @@ DOORS = {
     "aiobotocore": {"pipeline/s3_client.py"},
     "ray": {"pipeline/dataflow.py", "jobs/cluster.py", "jobs/train_workers.py", "jobs/submit.py"},
     "tensorboard": set(),  # through torch.utils.tensorboard, in pipeline/training/reports.py
-    "av": {"pipeline/decode/container.py", "pipeline/decode/pyav_backend.py", "jobs/remux.py"},
+    "av": {
+        "pipeline/decode/container.py",
+        "pipeline/decode/pyav_backend.py",
+        "jobs/remux.py",
+        "jobs/make_train_data.py",
+    },
     "cv2": {"jobs/evaluation/motion.py"},
     "decord": {"pipeline/decode/decord_backend.py"},
     "webdataset": {"pipeline/formats/webdataset_format.py", "jobs/v2d_shards.py"},

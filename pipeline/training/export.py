@@ -6,11 +6,16 @@ import copy
 import hashlib
 import json
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from cvvae import VideoVAE, save_vae
 from cvvae.image_vae_checkpoint import save_image_vae
+from cvvae.latent_scale import standardize_latents
+from cvvae.layers import frames_to_batch
 from pipeline.formats.tensors import TORCH_DTYPES
 from pipeline.storage import Store
 from pipeline.training.frame_vae import FrameVAE
@@ -33,17 +38,26 @@ class ExportFacts:
     provenance: dict[str, str]
 
 
-def export_model(store: Store, model: VideoVAE, facts: ExportFacts) -> None:
-    """Write config.json, the weights and README.md under export/, the config last of the two that are loaded."""
+def export_model(store: Store, model: VideoVAE, facts: ExportFacts, held_out: Iterable[Tensor] = ()) -> None:
+    """Write config.json, the weights and README.md under export/, the config last of the two that are loaded.
+
+    `held_out` are the clips (B, 3, T, H, W) that `keep.standardize_latents` measures.
+    """
+    keep = facts.settings.keep
     with tempfile.TemporaryDirectory(prefix="export-") as scratch:
         folder = Path(scratch)
-        model = copy.deepcopy(model).to(TORCH_DTYPES[facts.settings.keep.export_dtype])
+        model = copy.deepcopy(model)
         if isinstance(model, FrameVAE):
             scale, shift = model.spec.scaling_factor, model.spec.shift_factor
             assert isinstance(scale, float)
             assert isinstance(shift, float)
+            if keep.standardize_latents:
+                frames = (frames_to_batch(clip) for clip in held_out)
+                standardize_latents(model.image_vae, frames, scaling_factor=scale, shift_factor=shift)
+            model = model.to(TORCH_DTYPES[keep.export_dtype])
             save_image_vae(model.image_vae, folder, scaling_factor=scale, shift_factor=shift)
         else:
+            model = model.to(TORCH_DTYPES[keep.export_dtype])
             save_vae(model, folder)
         weights = next(folder.glob("*.safetensors"))
         data = weights.read_bytes()

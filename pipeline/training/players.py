@@ -12,8 +12,9 @@ from torch import Tensor
 from cvvae import SPECS, VAESpec, VideoVAE, build_vae, load_vae
 from cvvae.cv_vae import CVVAESpec
 from cvvae.discriminator import PatchDiscriminator3d
-from cvvae.image_vae import ImageVAE
+from cvvae.image_vae import NORM_GROUPS, ImageVAE
 from cvvae.image_vae_checkpoint import LoadedImageVAE, load_image_vae
+from cvvae.image_vae_start import start_as_box_filter
 from cvvae.inflation import inflate
 from cvvae.iv_vae import IVVAE, IVVAESpec
 from cvvae.keyframe_inflation import inflate_keyframes
@@ -76,7 +77,7 @@ def _model(settings: ModelSettings, provenance: Provenance) -> VideoVAE:
         return model
     assert settings.spec is not None, "the settings' own check"
     with _about("model.widths"):
-        spec = _sized(SPECS[settings.spec], settings.widths)
+        spec = _sized(SPECS[settings.spec], settings.widths, settings.norm_groups)
     if settings.image_vae is not None and isinstance(spec, IVVAESpec):
         with _about("model.image_vae"):
             branch = load_vae(fetch_checkpoint(settings.image_vae, settings.options))
@@ -96,12 +97,12 @@ def _model(settings: ModelSettings, provenance: Provenance) -> VideoVAE:
     return build_vae(spec)
 
 
-def _sized(spec: VAESpec, widths: tuple[int, ...] | None) -> VAESpec:
+def _sized(spec: VAESpec, widths: tuple[int, ...] | None, norm_groups: int | None) -> VAESpec:
     if widths is None:
         return spec
     if not isinstance(spec, CVVAESpec):
         raise ValueError(f"expected none for spec {spec.name}, got {widths}: only CV-VAE's can be chosen")
-    return replace(spec, name=f"{spec.family}-custom", widths=widths)
+    return replace(spec, name=f"{spec.family}-custom", widths=widths, norm_groups=norm_groups or spec.norm_groups)
 
 
 def _inflated(image: LoadedImageVAE, spec: VAESpec) -> VideoVAE:
@@ -115,7 +116,15 @@ def _image_model(settings: ModelSettings, provenance: Provenance) -> FrameVAE:
         provenance["random weights"] = f"seed {settings.seed}"
         torch.manual_seed(settings.seed or 0)
         channels = settings.image_latent_channels
-        vae = ImageVAE(in_channels=3, latent_channels=channels, widths=settings.widths or IMAGE_WIDTHS)
+        vae = ImageVAE(
+            in_channels=3,
+            latent_channels=channels,
+            widths=settings.widths or IMAGE_WIDTHS,
+            norm_groups=settings.norm_groups or NORM_GROUPS,
+        )
+        if settings.start == "box_filter":
+            with _about("model.start"):
+                start_as_box_filter(vae)
         scale, shift = settings.scaling_factor or 1.0, settings.shift_factor or 0.0
     else:
         loaded = _load_image_vae(settings.checkpoint, settings, "model.checkpoint")

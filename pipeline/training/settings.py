@@ -39,6 +39,11 @@ class ModelSettings(Policy):
     widths: tuple[Annotated[int, Field(ge=32, multiple_of=32)], ...] | None = None
     """Channels of each level, finest first, of an image VAE from `seed` or of a CV-VAE that is not continued. None:
     the spec's, or Stable Diffusion's."""
+    norm_groups: Annotated[int, Field(ge=1, le=32)] | None = None
+    """Groups of their norms. None: 32. A narrow VAE needs fewer: groups of one channel take its level away."""
+    start: Literal["random", "box_filter"] = "random"
+    """kind image from `seed`: PyTorch's own weights, or ones that shrink and enlarge pictures like a box filter, which
+    saves a small VAE most of its steps."""
     image_latent_channels: Annotated[int, Field(ge=1)] = 4
     """kind image from `seed`: channels of its latents."""
     scaling_factor: Annotated[float, Field(gt=0)] | None = None
@@ -60,6 +65,8 @@ class ModelSettings(Policy):
             raise ValueError("model.scaling_factor: expected one for an image VAE from seed, got none")
         if self.kind == "video" and not self.checkpoint and self.spec is None:
             raise ValueError("model.spec: expected the name of a spec, got none")
+        if self.norm_groups is not None and (self.widths is None or 32 % self.norm_groups):
+            raise ValueError(f"model.norm_groups: expected a divisor of 32, beside widths, got {self.norm_groups}")
         if self.spec is not None and self.spec not in SPECS:
             raise ValueError(f"model.spec: expected one of {sorted(SPECS)}, got {self.spec!r}")
         return self
@@ -275,6 +282,9 @@ class KeepSettings(Policy):
     """Steps between pictures of reconstructions; None: with each evaluation."""
     export_dtype: DTypeName = "float32"
     """dtype of the exported weights."""
+    standardize_latents: bool = False
+    """kind image: export it with latents of mean shift_factor and standard deviation 1 / scaling_factor per channel,
+    measured on the held-out samples of the first worker; what it decodes stays the same."""
     tensorboard: bool = False
     """Write TensorBoard event files, too; needs the extra 'finetune'."""
 
@@ -311,6 +321,8 @@ class TrainSettings(Policy):
             long = [source.name for source in self.all_sources if source.frames != 1]
             if long:
                 raise ValueError(f"data.sources: expected frames: 1 for model.kind image, got more in {long}")
+        if self.keep.standardize_latents and (self.model.kind != "image" or self.data.held_out is None):
+            raise ValueError("keep.standardize_latents: expected model.kind image and data.held_out to measure on")
         return self
 
     @property

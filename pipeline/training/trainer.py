@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from pipeline.dataset import leaf_differences
 from pipeline.errors import IdentityMismatch, PipelineError
 from pipeline.storage import Store
-from pipeline.training.batches import Batch, Loader, Positions, held_out_frames, plan_shards
+from pipeline.training.batches import Batch, Loader, Positions, held_out_frames, plan_shards, to_video
 from pipeline.training.draws import Position
 from pipeline.training.ema import MovingAverage
 from pipeline.training.evaluation import evaluate
@@ -340,7 +340,8 @@ class _Run:
             with ExitStack() as stack:
                 if self.average is not None:
                     stack.enter_context(self.average.in_place_of(self.players.model))
-                export_model(self.store, self.players.model, facts)
+                clips = (to_video(frames_THWC[None], self.workers.device) for _, frames_THWC in self.held_out)
+                export_model(self.store, self.players.model, facts, clips)
             if self.reports is not None:
                 self.reports.write()
         self.workers.gather(None)  # nobody leaves before the export stands

@@ -16,6 +16,7 @@ from jobs.config import load_config
 from jobs.finetune_config import FinetuneConfig
 from jobs.finetune_vae import run_finetune
 from pipeline.errors import ConfigError
+from pipeline.training.batches import held_out_frames, to_video
 
 PROJECT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((PROJECT / "configs" / "finetune").glob("*.yaml"))
@@ -75,9 +76,16 @@ def test_an_image_vae_and_the_video_vae_inflated_from_it(clips: Path, tmp_path: 
     image_model = {"kind": "image", "seed": 0, "widths": [32, 32, 32, 32], "scaling_factor": 0.18215}
     (tmp_path / "image").mkdir()
     first = config_file(tmp_path / "image", clips, model=image_model, data=image_data)
-    run_finetune(load_config(FinetuneConfig, first))
+    run_finetune(load_config(FinetuneConfig, first, ["keep.standardize_latents=true"]))
     export = tmp_path / "image" / "run" / "export"
-    assert load_image_vae(export).scaling_factor == 0.18215
+    image_vae = load_image_vae(export)
+    assert image_vae.scaling_factor == 0.18215
+    held_out = load_config(FinetuneConfig, first).data.held_out
+    assert held_out is not None
+    judged = held_out_frames(held_out, 16, rank=0, num_workers=1)
+    frames = torch.cat([to_video(frames_THWC[None])[:, :, 0] for _, frames_THWC in judged])
+    means = image_vae.vae.encode(frames)[:, :4].transpose(0, 1).flatten(1)
+    torch.testing.assert_close(means.std(1, correction=0), torch.full((4,), 1 / 0.18215), rtol=1e-3, atol=0)
 
     (tmp_path / "video").mkdir()
     spec = {"spec": "cvvae-sd21-tiny", "widths": [32, 32, 32, 32]}
