@@ -26,6 +26,7 @@ def main() -> None:
         app.command()(settings)
         app.add_typer(finetune, name="finetune")
     try:
+        from jobs.ablate_vae import ablate
         from jobs.drift_dataset import drift
         from jobs.evaluate_vae import evaluate
     except ModuleNotFoundError as error:
@@ -33,6 +34,7 @@ def main() -> None:
     else:
         app.command()(evaluate)
         app.command()(drift)
+        app.command()(ablate)
     app()
 
 

@@ -39,6 +39,9 @@ class ModelSettings(Policy):
     widths: tuple[Annotated[int, Field(ge=32, multiple_of=32)], ...] | None = None
     """Channels of each level, finest first, of an image VAE from `seed` or of a CV-VAE that is not continued. None:
     the spec's, or Stable Diffusion's."""
+    latent_channels: Annotated[int, Field(ge=1)] | None = None
+    """Channels of the latents of a CV-VAE or IV-VAE that is not continued. None: the spec's. With any other number
+    its scale is `scaling_factor`, or 1: it was never measured."""
     image_latent_channels: Annotated[int, Field(ge=1)] = 4
     """kind image from `seed`: channels of its latents."""
     scaling_factor: Annotated[float, Field(gt=0)] | None = None
