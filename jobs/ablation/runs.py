@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jobs.ablation.config import AblationConfig
 from jobs.finetune_config import FinetuneConfig
@@ -16,7 +16,12 @@ from pipeline.errors import ConfigError, PipelineError
 from pipeline.storage import Store
 from pipeline.training.settings import portable
 
+if TYPE_CHECKING:
+    from jobs.submit import Submission
+
 FINISHED = "finished.json"
+PATIENCE_SECONDS = 600.0
+"""How long a cluster may be silent while a job of it is waited for."""
 Tell = Callable[[str], None]
 """Is told a line of what goes on."""
 Runner = Callable[[str, FinetuneConfig], None]
@@ -65,7 +70,7 @@ def run_here(variant: str, settings: FinetuneConfig) -> None:
 
 def cluster_runner(config: AblationConfig, address: str | None, tell: Tell) -> Runner:
     """Runs variants as jobs NAME-VARIANT of a cluster's job API; one that is under way there is waited for."""
-    from jobs.submit import Submission, find, submit_finetune
+    from jobs.submit import find, submit_finetune
 
     def alive(name: str) -> Submission | None:
         try:
@@ -86,7 +91,7 @@ def cluster_runner(config: AblationConfig, address: str | None, tell: Tell) -> R
                 working_dir=Path.cwd(),
             )
         tell(f"{variant}: job {submission.id}")
-        status = submission.wait()
+        status = submission.wait(patience_seconds=PATIENCE_SECONDS)
         if status.value != "SUCCEEDED":
             raise PipelineError(f"job {submission.id} ended as {status.value}: latents finetune follow {name}")
 

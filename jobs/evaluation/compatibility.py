@@ -116,7 +116,7 @@ class CompatibilityMeasure:
         shown: dict[str, Tensor] = {}
         for label, vae in self.vaes.items():
             latent_BCTHW = latents[label].float()
-            read_BCTHW = to_unit_range(decode_images(self.judge.vae, latent_BCTHW), (-1.0, 1.0))
+            read_BCTHW = window.decoded(latent_BCTHW)
             # VAEs of one time stride are held against the same frames, and share this picture
             ceiling_BCTHW = window.ceiling(self._choice(vae.spec, window))
             shown.setdefault(f"{self.judge.label} itself, {ceiling_BCTHW.shape[2]} frames", ceiling_BCTHW)
@@ -193,29 +193,38 @@ class _Window:
         self._vae = vae
         self._ceilings: dict[FrameChoice, Tensor] = {}
 
+    def decoded(self, latent_BCTHW: Tensor) -> Tensor:
+        """D_i of each latent frame, [0, 1]. A frame at a time: memory does not grow with the window."""
+        frames = [decode_images(self._vae, latent_BC1HW) for latent_BC1HW in latent_BCTHW.split(1, dim=2)]
+        return to_unit_range(torch.cat(frames, dim=2), (-1.0, 1.0))
+
+    def _encoded(self, video_BCTHW: Tensor) -> Tensor:
+        """E_i of each frame of [0, 1], raw, likewise."""
+        frames = [encode_images(self._vae, frame_BC1HW * 2 - 1).mode() for frame_BC1HW in video_BCTHW.split(1, dim=2)]
+        return torch.cat(frames, dim=2)
+
     @cached_property
     def _every_latent(self) -> Tensor:
         """E_i(X), raw (1, C, T, h, w)."""
-        return encode_images(self._vae, self.source_BCTHW * 2 - 1).mode()
+        return self._encoded(self.source_BCTHW)
 
     @cached_property
     def every_frame(self) -> Tensor:
         """D_i(E_i(X)): (1, 3, T, H, W), [0, 1]."""
-        return to_unit_range(decode_images(self._vae, self._every_latent), (-1.0, 1.0))
+        return self.decoded(self._every_latent)
 
     def image_latents(self, choice: FrameChoice) -> Tensor:
         """E_i(psi(X)), raw."""
         if _is_of_frames(choice):
             return self._every_latent[:, :, [frames[0] for frames in choice]]
-        return encode_images(self._vae, map_frames(self.source_BCTHW, choice) * 2 - 1).mode()
+        return self._encoded(map_frames(self.source_BCTHW, choice))
 
     def ceiling(self, choice: FrameChoice) -> Tensor:
         """D_i(E_i(psi(X))), [0, 1]."""
         if _is_of_frames(choice):
             return self.every_frame[:, :, [frames[0] for frames in choice]]
         if choice not in self._ceilings:
-            decoded_BCTHW = decode_images(self._vae, self.image_latents(choice))
-            self._ceilings[choice] = to_unit_range(decoded_BCTHW, (-1.0, 1.0))
+            self._ceilings[choice] = self.decoded(self.image_latents(choice))
         return self._ceilings[choice]
 
 

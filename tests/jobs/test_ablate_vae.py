@@ -21,7 +21,7 @@ from jobs.ablation.config import AblationConfig
 from jobs.ablation.runs import VariantRun
 from jobs.ablation.table import make_table
 from jobs.config import load_config
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, PipelineError
 from pipeline.training.players import build_players
 from pipeline.training.settings import TrainSettings
 
@@ -206,6 +206,26 @@ def test_a_table_without_a_single_vae_still_says_why() -> None:
     table = make_table(config, runs, {}, None)
     assert table.columns == ("variant", config.published_as)
     assert table.notes == tuple(f"{name}: no room" for name in config.variants)
+
+
+def test_a_cluster_that_is_silent_for_a_while_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from jobs import submit
+
+    answers: list[Any] = [PipelineError("no answer"), PipelineError("no answer"), submit.JobStatus.SUCCEEDED]
+
+    def status(self: submit.Submission) -> submit.JobStatus:
+        answer = answers.pop(0)
+        if isinstance(answer, PipelineError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(submit, "POLL_SECONDS", 0.001)
+    monkeypatch.setattr(submit.Submission, "status", status)
+    sent = submit.Submission("a", "a-1", "http://127.0.0.1:1")
+    assert sent.wait(patience_seconds=60).value == "SUCCEEDED"
+    answers[:] = [PipelineError("no answer")] * 9
+    with pytest.raises(PipelineError, match="no answer"):
+        sent.wait()
 
 
 # --- latent channels ------------------------------------------------------------------------------------------------
