@@ -148,6 +148,7 @@ IVVAE_SPECS: dict[str, IVVAESpec] = {
         replace(_Z4, name="ivvae-z16-dim64", latent_channels=16, scaling_factor=0.9697, shift_factor=-0.1553),
         _Z16,
         replace(_Z4, name="ivvae-z4-tiny", width=8),
+        replace(_Z4, name="ivvae-z4-dim4-tiny", width=4),  # of the width of the tiny steps, to be compared with them
         replace(_Z16, name="ivvae-z16-tiny", width=12),
         *_STEPS,
         *(replace(spec, name=f"{spec.name}-tiny", width=4) for spec in _STEPS),

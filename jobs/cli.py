@@ -26,11 +26,15 @@ def main() -> None:
         app.command()(settings)
         app.add_typer(finetune, name="finetune")
     try:
+        from jobs.ablate_vae import ablate
+        from jobs.drift_dataset import drift
         from jobs.evaluate_vae import evaluate
     except ModuleNotFoundError as error:
         _unavailable("evaluate", "evaluate", error)
     else:
         app.command()(evaluate)
+        app.command()(drift)
+        app.command()(ablate)
     app()
 
 

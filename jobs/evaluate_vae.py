@@ -4,6 +4,8 @@
         --clips 's3://bucket/validation/*.mp4' --preset cvvae-webvid --output data/evaluation
     python jobs/evaluate_vae.py --vae cvvae-sd21-tiny --vae ivvae-z4-tiny --clips data/demo/clips --output data/try \\
         --size 96x160
+    python jobs/evaluate_vae.py --vae cv=data/runs/tiny-cvvae/export --vae floor=data/runs/tiny-cvvae-plain/export \\
+        --image-vae image=data/runs/tiny-image-vae/export --clips data/train/held_out --output data/compatibility
 
 Writes OUTPUT/index.html (one page that needs nothing beside it), OUTPUT/report.json and OUTPUT/windows.jsonl, a line
 per window with every figure. All VAEs see the same windows: of a length and size that each of them takes. Clips that
@@ -29,12 +31,16 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from cvvae import SPECS
+from cvvae.image_vae_checkpoint import load_image_vae
+from cvvae.weights import CONFIG_NAME
+from jobs.evaluation.compatibility import Judge
+from jobs.evaluation.compatibility_tables import print_compatibility
 from jobs.evaluation.page import write_page
 from jobs.evaluation.presets import METRICS, PRESETS, ClipShape, Metric, Preset
 from jobs.evaluation.report import REPORT_NAME, print_report, write_report
 from jobs.evaluation.run import Evaluation, NamedVAE, run_evaluation
 from jobs.messages import report_errors
-from pipeline.checkpoints import VAESource, load_source
+from pipeline.checkpoints import VAESource, fetch_checkpoint, load_source
 from pipeline.errors import ConfigError
 from pipeline.formats.tensors import TORCH_DTYPES
 from pipeline.policies import DTypeName
@@ -75,6 +81,10 @@ def evaluate(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
     seed: Annotated[int, typer.Option(min=0, help="Of what is random: the choice of clips, samples, specs.")] = 0,
     decode_children: Annotated[int, typer.Option(min=1, help="Processes that decode.")] = 2,
+    image_vae: Annotated[
+        str | None,
+        typer.Option(help="Whose latents theirs should be: an LDM file or a diffusers folder."),
+    ] = None,
 ) -> None:
     """Compare VAEs on your own clips: figures, a page side by side, the worst clips."""
     console = Console(highlight=False)
@@ -94,12 +104,15 @@ def evaluate(
             device=target,
             seed=seed,
             decode_children=decode_children,
+            judge=load_judge(image_vae, target) if image_vae else None,
         )
         output.mkdir(parents=True, exist_ok=True)
-        report, gallery = run_evaluation(evaluation, output, console)
+        report, pictures = run_evaluation(evaluation, output, console)
         write_report(report, output)
-        page = write_page(report, gallery, output)
+        page = write_page(report, pictures.gallery, pictures.strips, output)
         print_report(report, console)
+        if "compatibility" in report:
+            print_compatibility(report["compatibility"], console)
         console.print(f"{page}\n{output / REPORT_NAME}", soft_wrap=True)
 
 
@@ -172,6 +185,22 @@ def load_vaes(texts: Sequence[str], *, seed: int, dtype: torch.dtype, device: to
         vae = load_source(source).to(device=device, dtype=dtype).requires_grad_(False)
         loaded[label] = NamedVAE(vae, is_seeded=source.is_seeded)
     return loaded
+
+
+def load_judge(text: str, device: torch.device) -> Judge:
+    """An image VAE in float32. ConfigError if it cannot be loaded.
+
+    A file without a config states no scale: it is then 1, which shows in the latents' distances and nowhere else.
+    """
+    label, where = split_label(text)
+    path = fetch_checkpoint(where)
+    try:
+        loaded = load_image_vae(path, scaling_factor=None if (path / CONFIG_NAME).is_file() else 1.0)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"--image-vae {where}: {error}") from error
+    return Judge(
+        label, loaded.vae.to(device), loaded.scaling_factor, loaded.shift_factor, weights_sha256=loaded.weights_sha256
+    )
 
 
 def split_label(text: str) -> tuple[str, str]:

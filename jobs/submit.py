@@ -42,14 +42,23 @@ class Submission:
         """PipelineError if the cluster does not answer or has forgotten it."""
         return _asked(lambda: _client(self.address).get_job_status(self.id), self.address)
 
-    def wait(self, timeout_seconds: float | None = None) -> JobStatus:
-        """Block until it has ended; TimeoutError if it has not after so long."""
-        deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
-        while not (status := self.status()).is_terminal():
-            if deadline is not None and time.monotonic() > deadline:
-                raise TimeoutError(f"job {self.id} is {status.value} after {timeout_seconds:g} s")
+    def wait(self, timeout_seconds: float | None = None, *, patience_seconds: float = 0.0) -> JobStatus:
+        """Block until it has ended; TimeoutError if it has not after so long, PipelineError if the cluster has not
+        answered for longer than `patience_seconds`."""
+        started = answered = time.monotonic()
+        while True:
+            try:
+                status = self.status()
+            except PipelineError:
+                if time.monotonic() - answered > patience_seconds:
+                    raise
+            else:
+                answered = time.monotonic()
+                if status.is_terminal():
+                    return status
+                if timeout_seconds is not None and answered - started > timeout_seconds:
+                    raise TimeoutError(f"job {self.id} is {status.value} after {timeout_seconds:g} s")
             time.sleep(POLL_SECONDS)
-        return status
 
     def follow(self, write: Callable[[str], object] = sys.stdout.write) -> JobStatus:
         """Pass on its log, from the start, until it ends; how it ended."""

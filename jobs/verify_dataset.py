@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from pydantic import TypeAdapter
 from rich.console import Console
 from rich.progress import Progress
 
@@ -21,7 +20,7 @@ from jobs.messages import report_errors
 from pipeline.dataset import DatasetFolder
 from pipeline.sources import SourceSpec
 from pipeline.storage import Store
-from pipeline.verify import VerifyReport, verify_dataset
+from pipeline.verify import VerifyReport, recorded_source, verify_dataset
 
 SHOWN_PROBLEMS = 20
 REPAIR = (
@@ -48,8 +47,7 @@ def run_verify(output: str, *, with_source: bool) -> VerifyReport:
     store = Store(output)
     spec: SourceSpec | None = None
     if with_source:
-        recorded = {k: v for k, v in DatasetFolder(store).run_file().source.items() if k != "table_sha256"}
-        spec = TypeAdapter[SourceSpec](SourceSpec).validate_python(recorded)
+        spec = recorded_source(DatasetFolder(store).run_file())
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("verifying", total=None)
         report = verify_dataset(

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter
 
 from cvvae import VAESpec, spec_from_dict
 from pipeline.dataset import MANIFEST, DatasetFolder, describe_file
@@ -263,23 +264,34 @@ def _offset_problems(latent: Latent, index_row: IndexRow, file: object) -> Itera
         yield f"{latent.row.key}: the index's offset leads to other numbers"
 
 
+def recorded_source(run: RunFile) -> SourceSpec:
+    """The source section that a dataset was made from."""
+    recorded = {name: value for name, value in run.source.items() if name != "table_sha256"}
+    return TypeAdapter[SourceSpec](SourceSpec).validate_python(recorded)
+
+
+def source_shard(receipt: ShardReceipt) -> VideoShard:
+    """The input that a receipt was made from."""
+    source = receipt.source
+    return VideoShard(
+        id=receipt.shard_id,
+        kind=source.kind,
+        url=source.url,
+        size=source.size,
+        etag=source.etag,
+        rows=source.rows,
+        byte_span=source.byte_span,
+    )
+
+
 def _source_problems(
     receipt: ShardReceipt, rows: Sequence[IndexRow], spec: SourceSpec, report: VerifyReport
 ) -> Iterator[str]:
     """Every stored window's clip must be in the source with the same hash; every sample must be accounted for."""
     expected = {index_row.row.clip_key: index_row.row.pair_sha256 for index_row in rows}
     rejected = {rejection.key for rejection in receipt.rejections if rejection.scope == "clip"}
-    shard = VideoShard(
-        id=receipt.shard_id,
-        kind=receipt.source.kind,
-        url=receipt.source.url,
-        size=receipt.source.size,
-        etag=receipt.source.etag,
-        rows=receipt.source.rows,
-        byte_span=receipt.source.byte_span,
-    )
     digest, samples = SourceDigest(), 0
-    for sample in read_shard(shard, spec, max_clip_bytes=1 << 62, digest=digest):
+    for sample in read_shard(source_shard(receipt), spec, max_clip_bytes=1 << 62, digest=digest):
         samples += not (not isinstance(sample, Clip) and sample.scope == "shard")
         if isinstance(sample, Clip):
             report.source_clips += 1

@@ -43,7 +43,7 @@ def settings_for(
 
 
 @contextmanager
-def one_encoder(scratch: Path) -> Iterator[Run]:
+def one_encoder(scratch: Path, policy: EncodePolicy | None = None) -> Iterator[Run]:
     """run(settings, limit=None) -> Manifest, any number of times with the same decode children.
 
     `limit` stops after so many shards, as a kill would: finish_run then says what is missing.
@@ -52,7 +52,7 @@ def one_encoder(scratch: Path) -> Iterator[Run]:
 
         def run(settings: EncodeSettings, limit: int | None = None) -> Manifest:
             plan, log = plan_run(settings, {}), RunLog()
-            tiles = TileEncoder(load_source(settings.vae), EncodePolicy(), torch.device("cpu"), threads=1)
+            tiles = TileEncoder(load_source(settings.vae), policy or EncodePolicy(), torch.device("cpu"), threads=1)
             encoder = ShardEncoder(plan.job(), tiles, pool, Scratch(scratch))
             stored = (encoder.run(shard) for shard in plan.todo[:limit])
             list(commit_all(plan, stored, log, set_aside_poison=False))

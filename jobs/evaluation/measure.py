@@ -51,6 +51,8 @@ class Measured:
     figures: dict[str, Figures]
     decoded_THWC: dict[str, np.ndarray]
     source_features_D: Tensor | None = None
+    latents_BCTHW: dict[str, Tensor] = field(default_factory=dict)
+    """What was decoded, raw, by VAE."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,26 +71,29 @@ class Measure:
     @torch.inference_mode()
     def __call__(self, window: SourceWindow) -> Measured:
         """NonFinite if a VAE gives such numbers: the window then counts for none, so that all see the same."""
-        # a copy: the window's memory is read-only and torch would complain
-        frames_THWC = torch.from_numpy(window.frames_THWC.copy()).to(self.device)
-        source_BCTHW = frames_THWC.permute(3, 0, 1, 2)[None].float() / 255
+        source_BCTHW = window_pixels(window, self.device)
+        latents: dict[str, Tensor] = {}
         figures: dict[str, Figures] = {}
         shown: dict[str, np.ndarray] = {}
         for label, vae in self.vaes.items():
-            decoded_BCTHW = self._decode_back(label, vae, source_BCTHW, window.key)
+            latents[label] = self._encode(vae, source_BCTHW, window.key)
+            decoded_BCTHW = self._decode(label, vae, latents[label])
             figures[label] = self._figures(decoded_BCTHW, source_BCTHW)
             eight_bit_CTHW = (decoded_BCTHW[0] * 255).round().to(torch.uint8)
             shown[label] = eight_bit_CTHW.permute(1, 2, 3, 0).cpu().numpy()
-        return Measured(window, figures, shown, self._features(source_BCTHW))
+        return Measured(window, figures, shown, self._features(source_BCTHW), latents)
 
-    def _decode_back(self, label: str, vae: VideoVAE, source_BCTHW: Tensor, key: str) -> Tensor:
+    def _encode(self, vae: VideoVAE, source_BCTHW: Tensor, key: str) -> Tensor:
         low, high = vae.spec.pixel_range
         posterior = vae.encode((source_BCTHW * (high - low) + low).to(vae.dtype))
         if self.posterior == "mode":
-            latent_BCTHW = posterior.mode()
-        else:  # the same noise for a window whatever was measured before it
-            seed = zlib.crc32(key.encode("utf-8", "surrogatepass")) ^ self.seed
-            latent_BCTHW = posterior.sample(torch.Generator(self.device).manual_seed(seed))
+            return posterior.mode()
+        # the same noise for a window whatever was measured before it
+        seed = zlib.crc32(key.encode("utf-8", "surrogatepass")) ^ self.seed
+        return posterior.sample(torch.Generator(self.device).manual_seed(seed))
+
+    @staticmethod
+    def _decode(label: str, vae: VideoVAE, latent_BCTHW: Tensor) -> Tensor:
         decoded_BCTHW = vae.decode(latent_BCTHW)
         if not torch.isfinite(decoded_BCTHW).all():
             raise NonFinite(f"{label} decoded NaN or infinity in {vae.dtype}")
@@ -120,3 +125,10 @@ class Measure:
         if self.i3d is None or "fvd" not in self.metrics:
             return None
         return self.i3d(fvd_input(video_BCTHW, self.fvd_resize))[0].cpu()
+
+
+def window_pixels(window: SourceWindow, device: torch.device) -> Tensor:
+    """The window as (1, 3, T, H, W), float [0, 1]."""
+    # a copy: the window's memory is read-only and torch would complain
+    frames_THWC = torch.from_numpy(window.frames_THWC.copy()).to(device)
+    return frames_THWC.permute(3, 0, 1, 2)[None].float() / 255

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.evaluation.charts import legend, line_chart
+from jobs.evaluation.compatibility_page import StripKeeper, compatibility_html
 from jobs.evaluation.examples import ERROR_GAIN, Example, Gallery
 from jobs.evaluation.presets import LOWER_IS_BETTER, METRICS, Metric
 from jobs.evaluation.report import best_label, measured_metrics, number_text, shape_of, span_text, windows_text
@@ -41,14 +42,14 @@ ul.plain{padding-left:1.2rem;overflow-wrap:anywhere}
 """.strip()
 
 
-def write_page(report: dict[str, Any], gallery: Gallery, folder: Path) -> Path:
+def write_page(report: dict[str, Any], gallery: Gallery, strips: StripKeeper, folder: Path) -> Path:
     """index.html, whole or not at all."""
     part = folder / f".{PAGE_NAME}.{os.getpid()}"
-    part.write_text("\n".join(_page(report, gallery)) + "\n", encoding="utf-8")
+    part.write_text("\n".join(_page(report, gallery, strips)) + "\n", encoding="utf-8")
     return part.replace(folder / PAGE_NAME)
 
 
-def _page(report: dict[str, Any], gallery: Gallery) -> Iterator[str]:
+def _page(report: dict[str, Any], gallery: Gallery, strips: StripKeeper) -> Iterator[str]:
     yield '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
     yield '<meta name="viewport" content="width=device-width,initial-scale=1">'
     yield '<link rel="icon" href="data:,">'  # or browsers ask for /favicon.ico
@@ -63,6 +64,8 @@ def _page(report: dict[str, Any], gallery: Gallery) -> Iterator[str]:
         yield _charts(result)
     for motion in report["motion"]:
         yield _motion(motion)
+    if "compatibility" in report:
+        yield from compatibility_html(report["compatibility"], strips)
     yield from _examples(gallery)
     if report["published"]:
         yield "<h2>Published under this protocol</h2>"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, NamedTuple, TextIO
 
 import torch
 from rich.console import Console
@@ -17,11 +17,14 @@ from cvvae import VideoVAE
 from cvvae.i3d import MIN_FRAMES, NUM_LOGITS
 from cvvae.metrics import group_positions
 from jobs.evaluation.clips import ClipFile, SourceWindow, WindowReader, find_clips
+from jobs.evaluation.compatibility import CompatibilityMeasure, Judge
+from jobs.evaluation.compatibility_page import StripKeeper
+from jobs.evaluation.compatibility_tables import compatibility_section
 from jobs.evaluation.examples import Gallery
-from jobs.evaluation.measure import Measure, NonFinite, Posterior
+from jobs.evaluation.measure import Measure, Measured, NonFinite, Posterior, window_pixels
 from jobs.evaluation.motion import FLOW_SIZE, MotionMeter, choose_evenly, quantile_edges
 from jobs.evaluation.presets import ClipShape, FittedShape, Metric, Preset, fit_shape
-from jobs.evaluation.totals import ShapeTotals, motion_table, read_windows, write_window
+from jobs.evaluation.totals import ShapeTotals, motion_table, read_windows, write_line, write_window
 from jobs.metric_weights import find_i3d, find_lpips
 from pipeline.decode.pool import DecodePool
 from pipeline.errors import ConfigError, RejectionClass, SourceError
@@ -29,6 +32,7 @@ from pipeline.policies import DecodePolicy
 from pipeline.records import Rejection
 
 WINDOWS_NAME = "windows.jsonl"
+COMPATIBILITY_NAME = "compatibility.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +58,19 @@ class Evaluation:
     device: torch.device
     seed: int = 0
     decode_children: int = 2
+    judge: Judge | None = None
+    """The image VAE that the VAEs' latents are held against."""
 
 
-def run_evaluation(evaluation: Evaluation, folder: Path, console: Console) -> tuple[dict[str, Any], Gallery]:
-    """The report and the kept windows; writes windows.jsonl to `folder`.
+class Pictures(NamedTuple):
+    """The windows that the page shows."""
+
+    gallery: Gallery
+    strips: StripKeeper
+
+
+def run_evaluation(evaluation: Evaluation, folder: Path, console: Console) -> tuple[dict[str, Any], Pictures]:
+    """The report and the kept windows; writes windows.jsonl to `folder`, and compatibility.jsonl with a judge.
 
     ConfigError for settings that do not fit the VAEs or missing weights, SourceError if no clip can be evaluated.
     """
@@ -66,10 +79,11 @@ def run_evaluation(evaluation: Evaluation, folder: Path, console: Console) -> tu
     measures = {fitted.shape: measure for fitted, measure in zip(shapes, _measures(evaluation, shapes), strict=True)}
     meter = _motion_meter(evaluation, notes)
     files = find_clips(evaluation.clips, limit=evaluation.preset.limit, seed=evaluation.seed)
-    gallery = Gallery()
+    pictures = Pictures(Gallery(), StripKeeper())
     path = folder / WINDOWS_NAME
     with (
         _whole_file(path) as record,
+        _compatibility(evaluation, folder, pictures.strips, notes) as compatibility,
         DecodePool(DecodePolicy(), evaluation.decode_children) as pool,
         _progress(console) as progress,
     ):
@@ -79,7 +93,7 @@ def run_evaluation(evaluation: Evaluation, folder: Path, console: Console) -> tu
         if evaluation.preset.motion_subset is not None:
             assert meter is not None
             reader.only = _even_in_motion(evaluation, reader, files, shapes[0], meter, notes, progress)
-        runner = _Runner(reader, files, meter, gallery, progress)
+        runner = _Runner(reader, files, meter, pictures.gallery, compatibility, progress)
         totals = [runner.run(fitted, measures[fitted.shape], record) for fitted in shapes]
         decoders = pool.decoders
         failures = sorted((*reader.failures.values(), *runner.failures), key=lambda one: (one.key, one.error_class))
@@ -93,7 +107,12 @@ def run_evaluation(evaluation: Evaluation, folder: Path, console: Console) -> tu
         "clips": {"files": len(files), "chosen": None if reader.only is None else len(reader.only)},
         "failures": [asdict(failure) for failure in failures],
     }
-    return report, gallery
+    if evaluation.judge is not None:
+        lines = {
+            total.shape: _lines_of(folder / COMPATIBILITY_NAME, total.shape) for total in totals if total.windows
+        }
+        report["compatibility"] = compatibility_section(evaluation.judge, lines, evaluation.motion_buckets)
+    return report, pictures
 
 
 @contextmanager
@@ -106,6 +125,25 @@ def _whole_file(path: Path) -> Iterator[TextIO]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _compatibility(
+    evaluation: Evaluation, folder: Path, strips: StripKeeper, notes: list[str]
+) -> Iterator[_Compatibility | None]:
+    """What measures against the judge, with its file open; None without one."""
+    if evaluation.judge is None:
+        yield None
+        return
+    measure = CompatibilityMeasure(
+        evaluation.judge,
+        {label: named.vae for label, named in evaluation.vaes.items()},
+        with_ssim="ssim" in evaluation.preset.metrics,
+        seed=evaluation.seed,
+    )
+    notes += measure.notes
+    with _whole_file(folder / COMPATIBILITY_NAME) as file:
+        yield _Compatibility(measure, file, strips)
 
 
 # --- before -------------------------------------------------------------------------------------------------------
@@ -201,12 +239,14 @@ class _Runner:
         files: Sequence[ClipFile],
         meter: MotionMeter | None,
         gallery: Gallery,
+        compatibility: _Compatibility | None,
         progress: Progress,
     ) -> None:
         self._reader = reader
         self._files = files
         self._meter = meter
         self._gallery = gallery
+        self._compatibility = compatibility
         self._progress = progress
         self.failures: list[Rejection] = []
 
@@ -217,17 +257,35 @@ class _Runner:
         totals = ShapeTotals(shape, positions)
         bar = self._progress.add_task(str(shape), total=None, windows=0)
         for window in self._reader.read(self._files, fitted):
+            motion = self._meter(window.frames_THWC) if self._meter is not None else None
             try:
                 measured = measure(window)
+                if self._compatibility is not None:
+                    self._compatibility.look(measured, shape, motion, measure.device)
             except NonFinite as error:
                 self.failures.append(_non_finite(window, error))
                 continue
             totals.add(measured)
             self._gallery.add(measured, shape)
-            motion = self._meter(window.frames_THWC) if self._meter is not None else None
             write_window(record, shape, measured, motion)
             self._progress.update(bar, advance=1, windows=totals.windows)
         return totals
+
+
+@dataclass(frozen=True, slots=True)
+class _Compatibility:
+    """Measures windows against the judge, writes a line for each and keeps some to be shown."""
+
+    measure: CompatibilityMeasure
+    file: TextIO
+    strips: StripKeeper
+
+    def look(self, measured: Measured, shape: ClipShape, motion: float | None, device: torch.device) -> None:
+        """NonFinite if a decoder gives such numbers."""
+        window = measured.window
+        figures, shown = self.measure(window_pixels(window, device), measured.latents_BCTHW, window.key)
+        write_line(self.file, shape, window, motion, figures)
+        self.strips.add(shape, window.key, motion, window.frames_THWC, shown)
 
 
 def _non_finite(window: SourceWindow, error: NonFinite) -> Rejection:
@@ -253,10 +311,7 @@ def _by_motion(path: Path, shapes: Sequence[ClipShape], evaluation: Evaluation) 
     """Figures by bucket of motion for each shape, from the record on disk: twice read, never held."""
     tables = []
     for shape in shapes:
-
-        def of_shape(shape: ClipShape = shape) -> Iterator[dict[str, Any]]:
-            return (line for line in read_windows(path) if _is_of(line, shape))
-
+        of_shape = _lines_of(path, shape)
         scores = [line["motion"] for line in of_shape() if line["motion"] is not None]
         edges = quantile_edges(scores, evaluation.motion_buckets)
         buckets = motion_table(of_shape(), edges)
@@ -264,6 +319,11 @@ def _by_motion(path: Path, shapes: Sequence[ClipShape], evaluation: Evaluation) 
         if buckets and metrics:
             tables.append({"shape": str(shape), "metrics": metrics, "buckets": buckets})
     return tables
+
+
+def _lines_of(path: Path, shape: ClipShape) -> Callable[[], Iterator[dict[str, Any]]]:
+    """Reads the lines of one shape, as often as it is called."""
+    return lambda: (line for line in read_windows(path) if _is_of(line, shape))
 
 
 def _is_of(line: dict[str, Any], shape: ClipShape) -> bool:

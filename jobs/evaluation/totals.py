@@ -13,6 +13,7 @@ import numpy as np
 
 from cvvae.frechet import FeatureStatistics, frechet_distance
 from cvvae.i3d import NUM_LOGITS
+from jobs.evaluation.clips import SourceWindow
 from jobs.evaluation.measure import Measured
 from jobs.evaluation.presets import METRICS, ClipShape, Metric
 
@@ -128,13 +129,20 @@ class ShapeTotals:
 
 def write_window(file: TextIO, shape: ClipShape, measured: Measured, motion: float | None) -> None:
     """One line of windows.jsonl."""
-    _, height, width, _ = measured.window.frames_THWC.shape
     vaes = {
         label: {**{m: None if math.isnan(v) else v for m, v in figures.values.items()}, "frames": figures.frames}
         for label, figures in measured.figures.items()
     }
+    write_line(file, shape, measured.window, motion, vaes)
+
+
+def write_line(
+    file: TextIO, shape: ClipShape, window: SourceWindow, motion: float | None, vaes: dict[str, Any]
+) -> None:
+    """A window and what was found of each VAE, as a line of JSON that `read_windows` reads."""
+    _, height, width, _ = window.frames_THWC.shape
     line = {
-        "key": measured.window.key,
+        "key": window.key,
         "frames": shape.frames,
         "size": [height, width],
         "own_size": shape.size is None,

@@ -76,8 +76,7 @@ def _model(settings: ModelSettings, provenance: Provenance) -> VideoVAE:
         provenance["checkpoint"] = f"{_named(settings.checkpoint)} (sha256 {model.weights_sha256})"
         return model
     assert settings.spec is not None, "the settings' own check"
-    with _about("model.widths"):
-        spec = _sized(SPECS[settings.spec], settings.widths, settings.norm_groups)
+    spec = _sized(SPECS[settings.spec], settings)
     if settings.image_vae is not None and isinstance(spec, IVVAESpec):
         with _about("model.image_vae"):
             branch = load_vae(fetch_checkpoint(settings.image_vae, settings.options))
@@ -97,12 +96,27 @@ def _model(settings: ModelSettings, provenance: Provenance) -> VideoVAE:
     return build_vae(spec)
 
 
-def _sized(spec: VAESpec, widths: tuple[int, ...] | None, norm_groups: int | None) -> VAESpec:
-    if widths is None:
-        return spec
-    if not isinstance(spec, CVVAESpec):
-        raise ValueError(f"expected none for spec {spec.name}, got {widths}: only CV-VAE's can be chosen")
-    return replace(spec, name=f"{spec.family}-custom", widths=widths, norm_groups=norm_groups or spec.norm_groups)
+def _sized(spec: VAESpec, settings: ModelSettings) -> VAESpec:
+    """With the widths and latent channels that the settings name. ConfigError if the family has no such choice."""
+    custom = f"{spec.family}-custom"
+    if settings.widths is not None:
+        with _about("model.widths"):
+            if not isinstance(spec, CVVAESpec):
+                raise ValueError(
+                    f"expected none for spec {spec.name}, got {settings.widths}: only CV-VAE's can be chosen"
+                )
+            groups = settings.norm_groups or spec.norm_groups
+            spec = replace(spec, name=custom, widths=settings.widths, norm_groups=groups)
+    channels = settings.latent_channels
+    if channels is not None and channels != spec.latent_channels:
+        with _about("model.latent_channels"):
+            if not isinstance(spec, CVVAESpec | IVVAESpec):
+                raise ValueError(
+                    f"expected none for spec {spec.name}, got {channels}: only CV-VAE's and IV-VAE's can be"
+                )
+            scale, shift = settings.scaling_factor or 1.0, settings.shift_factor or 0.0
+            spec = replace(spec, name=custom, latent_channels=channels, scaling_factor=scale, shift_factor=shift)
+    return spec
 
 
 def _inflated(image: LoadedImageVAE, spec: VAESpec) -> VideoVAE:

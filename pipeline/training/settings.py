@@ -42,8 +42,11 @@ class ModelSettings(Policy):
     norm_groups: Annotated[int, Field(ge=1, le=32)] | None = None
     """Groups of their norms. None: 32. A narrow VAE needs fewer: groups of one channel take its level away."""
     start: Literal["random", "box_filter"] = "random"
-    """kind image from `seed`: PyTorch's own weights, or ones that shrink and enlarge pictures like a box filter, which
-    saves a small VAE most of its steps."""
+    """kind image from `seed`: PyTorch's own weights, or ones that shrink and enlarge pictures like a box filter, from
+    which a small VAE learns in far fewer steps."""
+    latent_channels: Annotated[int, Field(ge=1)] | None = None
+    """Channels of the latents of a CV-VAE or IV-VAE that is not continued. None: the spec's. With any other number
+    its scale is `scaling_factor`, or 1: it was never measured."""
     image_latent_channels: Annotated[int, Field(ge=1)] = 4
     """kind image from `seed`: channels of its latents."""
     scaling_factor: Annotated[float, Field(gt=0)] | None = None

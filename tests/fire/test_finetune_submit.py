@@ -68,3 +68,39 @@ def test_a_run_by_name(head: Head, config: str, tmp_path: Path, monkeypatch: pyt
     assert again.follow(log.append).value == "SUCCEEDED", "".join(log)
     assert "resumed after step 2 of 2" in "".join(log)
     assert (tmp_path / "run" / "checkpoints" / "00000002.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3 * DEADLINE)
+def test_an_ablation_as_jobs(
+    head: Head, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two variants at once; started again, they are not sent again."""
+    import typer
+
+    from jobs.ablate_vae import ablate
+    from jobs.submit import find
+
+    monkeypatch.chdir(PROJECT)
+    for name, value in head.environment.items():
+        monkeypatch.setenv(name, value)
+    head.submit("python", "-c", "pass")
+    plain = {
+        "name": "seeds",
+        "base": config,
+        "variants": {"one": ["loop.seed=1"], "two": ["loop.seed=2"]},
+        "runs": str(tmp_path / "runs"),
+        "report": str(tmp_path / "report"),
+        "evaluation": {"clips": [str(tmp_path / "tars")], "frames": 5, "size": [16, 16], "metrics": ["psnr"]},
+    }
+    path = tmp_path / "ablation.yaml"
+    path.write_text(yaml.safe_dump(plain))
+    for sent in (True, False):
+        with pytest.raises(typer.Exit) as stop:
+            ablate(path, None, None, head.address, 2)
+        shown = capsys.readouterr().out
+        assert stop.value.exit_code == 0, shown
+        assert ("one: job seeds-one-1" in shown) is sent
+        assert ("two: finished before" in shown) is not sent
+    assert find("seeds-two", address=head.address).id == "seeds-two-1"
+    assert (tmp_path / "report" / "table.md").read_text().count("| one |") == 1

@@ -1,0 +1,1 @@
+"""Ablations: variants of a finetune, run, evaluated and put in one table."""
