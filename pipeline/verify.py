@@ -22,7 +22,8 @@ from pipeline.errors import DatasetError, PipelineError
 from pipeline.formats import FORMATS, IndexRow, read_index, read_payload
 from pipeline.formats.tensors import TORCH_DTYPES
 from pipeline.manifest import build_manifest, rows_per_bucket, rows_per_decoder
-from pipeline.records import Clip, Latent, VideoShard
+from pipeline.recorded import recorded_shard
+from pipeline.records import Clip, Latent
 from pipeline.sources import SourceDigest, SourceSpec, read_shard
 from pipeline.stats import ChannelStatistics
 from pipeline.storage import Store
@@ -37,6 +38,8 @@ class VerifyReport:
     payload_bytes: int = 0
     source_clips: int = 0
     problems: list[str] = field(default_factory=list)
+    to_encode: set[str] = field(default_factory=set)
+    """Ids of the shards that must be encoded again: `latents repair` does."""
     set_aside: tuple[str, ...] = ()
     """Shards that are not in the dataset because they ended their encode actor too often."""
 
@@ -63,6 +66,7 @@ def verify_dataset(
     ids = folder.receipt_ids()
     manifest = _manifest(folder, len(ids), report)
     report.problems += _missing_and_stray(store, run, ids, manifest)
+    report.to_encode |= {shard.id for shard in manifest.shards} - set(ids) if manifest else set()
     checked = _checked_receipts(folder, run, ids, report, source, on_shard)
     before = len(report.problems)
     try:
@@ -111,10 +115,12 @@ def _checked_receipts(
             receipt.counts.check("its receipt")
         except DatasetError as error:
             report.problems.append(f"shard {shard_id}: {error}")
+            report.to_encode.add(shard_id)
             continue
         with tempfile.TemporaryDirectory(prefix="latents-verify-") as scratch:
             found = list(_check_shard(folder.store, run, receipt, Path(scratch), report, source))
         report.problems += [f"shard {shard_id}: {text}" for text in found]
+        report.to_encode |= {shard_id} if found else set()
         yield receipt
     if on_shard is not None:
         on_shard(len(ids), len(ids))
@@ -269,15 +275,7 @@ def _source_problems(
     """Every stored window's clip must be in the source with the same hash; every sample must be accounted for."""
     expected = {index_row.row.clip_key: index_row.row.pair_sha256 for index_row in rows}
     rejected = {rejection.key for rejection in receipt.rejections if rejection.scope == "clip"}
-    shard = VideoShard(
-        id=receipt.shard_id,
-        kind=receipt.source.kind,
-        url=receipt.source.url,
-        size=receipt.source.size,
-        etag=receipt.source.etag,
-        rows=receipt.source.rows,
-        byte_span=receipt.source.byte_span,
-    )
+    shard = recorded_shard(receipt)
     digest, samples = SourceDigest(), 0
     for sample in read_shard(shard, spec, max_clip_bytes=1 << 62, digest=digest):
         samples += not (not isinstance(sample, Clip) and sample.scope == "shard")

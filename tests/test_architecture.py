@@ -16,7 +16,10 @@ DOORS = {
     "aiobotocore": {"pipeline/s3_client.py"},
     "ray": {"pipeline/dataflow.py", "jobs/cluster.py", "jobs/train_workers.py", "jobs/submit.py"},
     "tensorboard": set(),  # through torch.utils.tensorboard, in pipeline/training/reports.py
-    "av": {"pipeline/decode/container.py", "pipeline/decode/pyav_backend.py", "jobs/remux.py"},
+    "av": {
+        *("pipeline/decode/container.py", "pipeline/decode/pyav_backend.py"),
+        *("jobs/remux.py", "jobs/side_by_side.py"),
+    },
     "cv2": {"jobs/evaluation/motion.py"},
     "decord": {"pipeline/decode/decord_backend.py"},
     "webdataset": {"pipeline/formats/webdataset_format.py", "jobs/v2d_shards.py"},

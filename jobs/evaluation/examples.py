@@ -90,13 +90,14 @@ def _badness(figures: Figures) -> float | None:
 def _small(measured: Measured) -> Measured:
     """The same window with pictures of at most MAX_SIDE and MAX_FRAMES."""
     window = measured.window
-    source_THWC = _shrunk(window.frames_THWC)
-    decoded = {label: _shrunk(frames) for label, frames in measured.decoded_THWC.items()}
+    source_THWC = shrunk(window.frames_THWC)
+    decoded = {label: shrunk(frames) for label, frames in measured.decoded_THWC.items()}
     small_window = type(window)(window.key, window.clip_key, source_THWC, window.fps)
     return Measured(small_window, measured.figures, decoded, None)
 
 
-def _shrunk(frames_THWC: np.ndarray) -> np.ndarray:
+def shrunk(frames_THWC: np.ndarray) -> np.ndarray:
+    """uint8 frames as they are shown: the first MAX_FRAMES, with the longer side MAX_SIDE at most."""
     frames_THWC = frames_THWC[:MAX_FRAMES]
     _, height, width, _ = frames_THWC.shape
     ratio = min(1.0, MAX_SIDE / max(height, width))
