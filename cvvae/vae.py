@@ -64,6 +64,12 @@ class VideoVAE(nn.Module):
         )
         return DiagonalGaussian.from_moments(moments_BCTHW)
 
+    def encode_untiled(self, video_BCTHW: Tensor) -> DiagonalGaussian:
+        """`encode` in one pass over all frames, without the spec's tiles in time: to see what tiles change. Its
+        memory grows with the video. ValueErrors as `encode`."""
+        self._check_video(video_BCTHW)
+        return DiagonalGaussian.from_moments(self._encode_spatially(video_BCTHW, num_frames=video_BCTHW.shape[2]))
+
     def decode(self, latent_BCTHW: Tensor) -> Tensor:
         """Video (B, 3, T, H, W) of raw latents; values are not clamped to the pixel range.
 

@@ -12,10 +12,13 @@ OF_EXTRAS = frozenset({"ray", "av", "psutil", "PIL"})
 
 def main() -> None:
     """Entry point. Verbs are imported here, so that a missing extra takes away only what needs it."""
+    from jobs.compare_datasets import diff
     from jobs.verify_dataset import verify
 
     app.command()(verify)
+    app.command()(diff)
     try:
+        from jobs.dataset_upkeep import gc, repair, retry
         from jobs.encode_webvid import encode
         from jobs.finetune_verbs import app as finetune
         from jobs.settings_reference import settings
@@ -24,7 +27,19 @@ def main() -> None:
     else:
         app.command()(encode)
         app.command()(settings)
+        app.command()(repair)
+        app.command()(retry)
+        app.command()(gc)
         app.add_typer(finetune, name="finetune")
+    try:
+        from jobs.preview_window import preview
+        from jobs.report_dataset import report
+    except ModuleNotFoundError as error:
+        _unavailable("preview", "evaluate", error)
+        _unavailable("report", "evaluate", error)
+    else:
+        app.command()(preview)
+        app.command()(report)
     try:
         from jobs.ablate_vae import ablate
         from jobs.drift_dataset import drift

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
+from cvvae import SPECS
+from pipeline.checkpoints import VAESource
 from pipeline.errors import ConfigError
 from pipeline.policies import Policy, refuse_secrets
 from pipeline.run import EncodeSettings
@@ -75,12 +77,27 @@ def load_config(model: type[ConfigType], path: Path | str, overrides: Sequence[s
     raw = _parse(text, f"config {path}: it")
     if not isinstance(raw, dict):
         raise ConfigError(f"config {path}: expected a mapping of settings, got {type(raw).__name__}")
+    return validate_config(model, raw, f"config {path}", overrides)
+
+
+def validate_config(
+    model: type[ConfigType], raw: dict[str, Any], where: str, overrides: Sequence[str] = ()
+) -> ConfigType:
+    """Settings from anywhere, with overrides; `raw` is changed by them. ConfigErrors begin with `where`."""
     for override in overrides:
         _apply(raw, override)
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(f"config {path}:\n  " + "\n  ".join(_problems(model, error))) from error
+        raise ConfigError(f"{where}:\n  " + "\n  ".join(_problems(model, error))) from error
+
+
+def vae_named(text: str, *, seed: int = 0) -> VAESource:
+    """What --vae says: the name of a spec, whose weights are random from `seed`, or a checkpoint's path or URL."""
+    try:
+        return VAESource.model_validate({"spec": text, "seed": seed} if text in SPECS else {"checkpoint": text})
+    except ValidationError as error:
+        raise ConfigError(f"--vae {text}: {error.errors()[0]['msg']}") from error
 
 
 def _parse(text: str, where: str) -> Any:

@@ -16,21 +16,19 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
 if __name__ == "__main__":  # a script's own folder comes first on its import path; the project's must
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from cvvae import SPECS, VideoVAE
+from jobs.config import vae_named
 from jobs.evaluate_vae import open_device
 from jobs.messages import report_errors
-from pipeline.checkpoints import VAESource, load_source
+from pipeline.checkpoints import load_source
 from pipeline.dataset import DatasetFolder
-from pipeline.documents import RunFile
 from pipeline.drift import DECODINGS, DriftReport, DriftSample, measure_drift
-from pipeline.errors import ConfigError
+from pipeline.recorded import recorded_vae
 from pipeline.storage import Store
 
 SHOWN_PROBLEMS = 10
@@ -75,11 +73,11 @@ def drift(
     with report_errors():
         folder = DatasetFolder(Store(output))
         run = folder.run_file()
-        old = _load("--recorded", recorded) if recorded else _recorded_vae(run)
+        old = load_source(vae_named(recorded)) if recorded else recorded_vae(run, option="--recorded")
         found = measure_drift(
             folder,
             old,
-            _load("--vae", vae),
+            load_source(vae_named(vae)),
             DriftSample(windows=windows, shards=shards, seed=seed),
             device=open_device(device),
         )
@@ -162,24 +160,6 @@ def verdict(found: DriftReport, limits: DriftLimits) -> str:
         f"[green]keep:[/] relative RMS {found.drift.relative_rms:.4f}, the new decoder loses "
         f"{found.decoder_loss:.2f} dB on stored latents"
     )
-
-
-def _recorded_vae(run: RunFile) -> VideoVAE:
-    section = run.config.get("vae")
-    if section is None:
-        raise ConfigError("run.json does not say where the dataset's VAE lies: say it with --recorded")
-    try:
-        return load_source(VAESource.model_validate(section))
-    except ConfigError as error:
-        raise ConfigError(f"the dataset's own VAE: {error}; say with --recorded where it lies now") from error
-
-
-def _load(option: str, where: str) -> VideoVAE:
-    try:
-        source = VAESource.model_validate({"spec": where} if where in SPECS else {"checkpoint": where})
-    except ValidationError as error:
-        raise ConfigError(f"{option} {where}: {error.errors()[0]['msg']}") from error
-    return load_source(source)
 
 
 if __name__ == "__main__":

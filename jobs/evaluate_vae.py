@@ -27,12 +27,11 @@ if __name__ == "__main__":  # a script's own folder comes first on its import pa
 
 import torch
 import typer
-from pydantic import ValidationError
 from rich.console import Console
 
-from cvvae import SPECS
 from cvvae.image_vae_checkpoint import load_image_vae
 from cvvae.weights import CONFIG_NAME
+from jobs.config import vae_named
 from jobs.evaluation.compatibility import Judge
 from jobs.evaluation.compatibility_tables import print_compatibility
 from jobs.evaluation.page import write_page
@@ -40,7 +39,7 @@ from jobs.evaluation.presets import METRICS, PRESETS, ClipShape, Metric, Preset
 from jobs.evaluation.report import REPORT_NAME, print_report, write_report
 from jobs.evaluation.run import Evaluation, NamedVAE, run_evaluation
 from jobs.messages import report_errors
-from pipeline.checkpoints import VAESource, fetch_checkpoint, load_source
+from pipeline.checkpoints import fetch_checkpoint, load_source
 from pipeline.errors import ConfigError
 from pipeline.formats.tensors import TORCH_DTYPES
 from pipeline.policies import DTypeName
@@ -175,11 +174,7 @@ def load_vaes(texts: Sequence[str], *, seed: int, dtype: torch.dtype, device: to
     loaded: dict[str, NamedVAE] = {}
     for text in texts:
         label, where = split_label(text)
-        try:
-            named = {"spec": where, "seed": seed} if where in SPECS else {"checkpoint": where}
-            source = VAESource.model_validate(named)
-        except ValidationError as error:
-            raise ConfigError(f"--vae {where}: {error.errors()[0]['msg']}") from error
+        source = vae_named(where, seed=seed)
         if label in loaded:
             raise ConfigError(f"--vae: {label!r} twice; name them apart: --vae LABEL={where}")
         vae = load_source(source).to(device=device, dtype=dtype).requires_grad_(False)

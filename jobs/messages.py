@@ -12,11 +12,11 @@ from pipeline.errors import PipelineError
 
 
 @contextmanager
-def report_errors() -> Iterator[None]:
-    """The project's own errors become one message and exit code 1; everything else keeps its traceback."""
+def report_errors(*, code: int = 1) -> Iterator[None]:
+    """The project's own errors become one message and this exit code; everything else keeps its traceback."""
     try:
         yield
     except PipelineError as error:
         console = Console(stderr=True, markup=False, highlight=False)
         console.print(f"error: {type(error).__name__}: {error}", soft_wrap=True)
-        sys.exit(1)
+        sys.exit(code)

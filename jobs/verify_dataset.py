@@ -18,15 +18,12 @@ if __name__ == "__main__":  # a script's own folder comes first on its import pa
 
 from jobs.messages import report_errors
 from pipeline.dataset import DatasetFolder
-from pipeline.sources import SourceSpec
+from pipeline.recorded import recorded_source
 from pipeline.storage import Store
-from pipeline.verify import VerifyReport, recorded_source, verify_dataset
+from pipeline.verify import VerifyReport, verify_dataset
 
 SHOWN_PROBLEMS = 20
-REPAIR = (
-    "To encode a shard anew, delete its receipts/ID.json, shards/ID.* and index/ID.parquet and start the encode job "
-    "again."
-)
+REPAIR = "To encode the damaged shards again: latents repair"
 
 
 def verify(
@@ -45,9 +42,7 @@ def run_verify(output: str, *, with_source: bool) -> VerifyReport:
     """Verify and print what was found."""
     console = Console(highlight=False)
     store = Store(output)
-    spec: SourceSpec | None = None
-    if with_source:
-        spec = recorded_source(DatasetFolder(store).run_file())
+    spec = recorded_source(DatasetFolder(store).run_file()) if with_source else None
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("verifying", total=None)
         report = verify_dataset(
@@ -58,8 +53,8 @@ def run_verify(output: str, *, with_source: bool) -> VerifyReport:
         console.print(problem, markup=False, soft_wrap=True)
     if len(report.problems) > SHOWN_PROBLEMS:
         console.print(f"... and {len(report.problems) - SHOWN_PROBLEMS} more")
-    if any(problem.startswith("shard ") for problem in report.problems):
-        console.print(REPAIR, soft_wrap=True)
+    if report.to_encode:
+        console.print(f"{REPAIR} {output}", markup=False, soft_wrap=True)
     if report.set_aside:
         console.print(f"[yellow]set aside, not in the dataset:[/] {', '.join(report.set_aside)}")
     looked_at = f"{report.shards} shards, {report.windows} windows, {report.payload_bytes:,} bytes"

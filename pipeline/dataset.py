@@ -6,6 +6,7 @@ OUT/index/ID.parquet             one row per window, no payload; apart, so that 
 OUT/receipts/ID.json             the commit: written once, after the objects it describes
 OUT/runs/RUN.json                times, rates, hosts: what may differ between runs
 OUT/runs/PACK.receipts           copies of receipts, for planning on an object store (receipt_packs.py)
+OUT/upkeep/ID.json               what was repaired or tried again (upkeep.py)
 OUT/manifest.json, README.md     written last
 """
 
@@ -17,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import BinaryIO, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -180,6 +181,13 @@ class DatasetFolder:
     def write_run_report(self, run_id: str, report: dict[str, object]) -> None:
         self.store.replace(f"runs/{run_id}.json", canonical_json(report))
 
+    def open_seekable(self, name: str) -> BinaryIO:
+        """A seekable file of an object that a receipt names. DatasetError if it is gone."""
+        try:
+            return self.store.open_seekable(name)
+        except FileNotFoundError as error:
+            raise DatasetError(f"{self.store.full_url(name)} does not exist: `latents verify` says more") from error
+
     def _read(self, name: str) -> bytes:
         try:
             return self.store.read_bytes(name)
@@ -208,17 +216,20 @@ def _differences(standing: RunFile, wanted: RunFile) -> Iterator[str]:
     before, now = standing.identity.model_dump(mode="json"), wanted.identity.model_dump(mode="json")
     yield from leaf_differences("", before, now)
     # where the source lies may change; how it is cut into shards, keyed and captioned may not
-    sources = [{k: v for k, v in run.source.items() if k not in SOURCE_PLACES} for run in (standing, wanted)]
-    yield from leaf_differences("source", *sources)
+    there, here = ({k: v for k, v in run.source.items() if k not in SOURCE_PLACES} for run in (standing, wanted))
+    yield from leaf_differences("source", there, here)
 
 
-def leaf_differences(prefix: str, before: object, now: object) -> Iterator[str]:
+def leaf_differences(
+    prefix: str, before: object, now: object, names: tuple[str, str] = ("the directory", "this run")
+) -> Iterator[str]:
+    """One line per value in which two documents differ."""
     if isinstance(before, dict) and isinstance(now, dict):
         for name in sorted(before.keys() | now.keys()):
             where = f"{prefix}.{name}" if prefix else name
-            yield from leaf_differences(where, before.get(name, "(absent)"), now.get(name, "(absent)"))
+            yield from leaf_differences(where, before.get(name, "(absent)"), now.get(name, "(absent)"), names)
     elif before != now:
-        yield f"{prefix}: the directory has {before!r}, this run has {now!r}"
+        yield f"{prefix}: {names[0]} has {before!r}, {names[1]} has {now!r}"
 
 
 def require_unchanged(shard: VideoShard, receipt: ShardReceipt | ReceiptHead) -> None:

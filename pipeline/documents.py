@@ -161,6 +161,20 @@ class Counts(Document):
         return Counts(**{name: getattr(self, name) + getattr(other, name) for name in type(self).model_fields})
 
 
+class TileProof(Document):
+    """How far the stored latents of the proved windows were from two references, before the cast to the storage
+    dtype: the worst window counts. pipeline/tile_proof.py says what the references are."""
+
+    windows: int
+    alone_largest: float
+    """Absolute difference from the window encoded by itself."""
+    alone_relative_rms: float
+    windows_of_many_tiles: int
+    """Of `windows`, those that were compared with one pass without tiles in time, too."""
+    untiled_largest: float | None
+    untiled_relative_rms: float | None
+
+
 class ShardReceipt(Document):
     """receipts/ID.json: proof that a shard is committed. Written once, after the objects it describes."""
 
@@ -179,6 +193,14 @@ class ShardReceipt(Document):
     statistics: ChannelStatistics
     """Of the stored means, in row order."""
     rejections: tuple[RejectionRecord, ...]
+    tile_proof: TileProof | None = None
+    """Only in receipts of runs with encode.proof_share."""
+
+    def to_bytes(self) -> bytes:
+        """Without a proof the receipt does not speak of one: it is what it was before there were any."""
+        return canonical_json(
+            self.model_dump(mode="json", exclude={"tile_proof"} if self.tile_proof is None else None)
+        )
 
     def rejected_by_class(self) -> dict[str, int]:
         """Number of rejections per class, all scopes."""

@@ -29,9 +29,9 @@ from pipeline.errors import ConfigError, DatasetError, PipelineError, SourceErro
 from pipeline.formats import FORMATS, IndexRow, read_index
 from pipeline.formats.tensors import TORCH_DTYPES
 from pipeline.policies import DecodePolicy, DTypeName
+from pipeline.recorded import recorded_shard, recorded_source
 from pipeline.records import Clip, Latent, Window
 from pipeline.sources import SourceDigest, SourceSpec, read_shard
-from pipeline.verify import recorded_source, source_shard
 from pipeline.windows import valid_lengths
 
 Decoding = Literal["old_on_old", "new_on_new", "new_on_old", "old_on_new"]
@@ -250,7 +250,7 @@ class _Source:
     def _clips(self, wanted: dict[str, dict[int, Latent]], problems: list[str]) -> Iterator[Clip]:
         """The wanted clips that are still what they were; reads no further than the last of them."""
         left = set(wanted)
-        shard = source_shard(self._receipt)
+        shard = recorded_shard(self._receipt)
         with closing(read_shard(shard, self._spec, max_clip_bytes=1 << 62, digest=SourceDigest())) as samples:  # type: ignore[type-var] - a generator
             for sample in samples:
                 if isinstance(sample, Clip):

@@ -133,15 +133,38 @@ class TileEncoder:
         clock.add("encode", ended - started)
         return moments
 
+    def encode_alone(self, frames_THWC: np.ndarray) -> Tensor:
+        """Mean (C, t, h, w), float32 on the CPU, of one window by itself through the model's own `encode`."""
+        return self._thread.submit(self._alone, frames_THWC).result()
+
+    def encode_untiled(self, frames_THWC: np.ndarray) -> Tensor | None:
+        """The same in one pass without tiles in time; None where there is but one tile, or tiles share no frame and
+        one pass is another model's answer."""
+        tiles = self.tiles(len(frames_THWC))
+        if len(tiles) == 1 or not all(tile.drop for tile in tiles[1:]):
+            return None
+        return self._thread.submit(self._untiled, frames_THWC).result()
+
     @torch.inference_mode()
-    def _encode(self, frames_BTHWC: np.ndarray, num_frames: int) -> tuple[Tensor, float, float]:
-        started = time.perf_counter()
-        frames = torch.from_numpy(frames_BTHWC)
+    def _alone(self, frames_THWC: np.ndarray) -> Tensor:
+        return self._vae.encode(self._video(frames_THWC[None])).mean[0].to("cpu", torch.float32)
+
+    @torch.inference_mode()
+    def _untiled(self, frames_THWC: np.ndarray) -> Tensor:
+        return self._vae.encode_untiled(self._video(frames_THWC[None])).mean[0].to("cpu", torch.float32)
+
+    def _video(self, frames_BTHWC: np.ndarray) -> Tensor:
+        """video_BCTHW in [-1, 1] on the device, in the compute dtype and memory format."""
+        frames = torch.from_numpy(frames_BTHWC) if frames_BTHWC.flags.writeable else torch.tensor(frames_BTHWC)
         if self.device.type == "cuda":
             frames = frames.pin_memory().to(self.device, non_blocking=True)
         video_BCTHW = frames.permute(0, 4, 1, 2, 3).float().div_(127.5).sub_(1.0)
-        video_BCTHW = video_BCTHW.to(dtype=TORCH_DTYPES[self.policy.dtype], memory_format=self._memory_format)
-        moments = self._encode_tile(video_BCTHW, num_frames=num_frames).to("cpu", torch.float32)
+        return video_BCTHW.to(dtype=TORCH_DTYPES[self.policy.dtype], memory_format=self._memory_format)
+
+    @torch.inference_mode()
+    def _encode(self, frames_BTHWC: np.ndarray, num_frames: int) -> tuple[Tensor, float, float]:
+        started = time.perf_counter()
+        moments = self._encode_tile(self._video(frames_BTHWC), num_frames=num_frames).to("cpu", torch.float32)
         ended = time.perf_counter()
         self.clock.busy_seconds += ended - started
         self.clock.frames += frames_BTHWC.shape[0] * frames_BTHWC.shape[1]

@@ -1,10 +1,9 @@
-"""Rows and receipts to totals: the manifest, the dataset card."""
+"""Rows and receipts to totals: the manifest."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from pipeline.documents import Counts, Manifest, ManifestShard, RunFile, ShardReceipt
 from pipeline.records import LatentRow
@@ -56,53 +55,3 @@ def build_manifest(run: RunFile, receipts: Iterable[ShardReceipt], set_aside: Se
         latent_std=statistics.std,
         payload_bytes=sum(shard.size for shard in shards),
     )
-
-
-def dataset_card(manifest: Manifest) -> str:
-    """README.md of a dataset: a Hugging Face card whose YAML header names the data files."""
-    pattern = "shards/*.tar" if manifest.format == "webdataset" else "shards/*.parquet"
-    identity, counts, vae = manifest.identity, manifest.counts, manifest.identity.vae
-    buckets = "\n".join(f"| {name} | {rows} |" for name, rows in manifest.buckets.items()) or "| none | 0 |"
-    rejected = "\n".join(f"| {name} | {number} |" for name, number in manifest.rejections.items()) or "| none | 0 |"
-    stored = "raw posterior mean" + (" and log variance" if identity.logvar else "")
-    channels = "\n".join(
-        f"| {index} | {mean:.5f} | {std:.5f} |"
-        for index, (mean, std) in enumerate(zip(manifest.latent_mean, manifest.latent_std, strict=True))
-    )
-    return f"""---
-configs:
-- config_name: default
-  data_files: "{pattern}"
-tags:
-- video-latents
----
-
-# Video latents
-
-{counts.windows_stored} windows of {counts.clips_encoded} clips in {len(manifest.shards)} shards,
-{manifest.payload_bytes} bytes, format {manifest.format} version {manifest.format_version}.
-
-- VAE: {vae.get("name")}, weights sha256 `{identity.weights_sha256}`
-- identity: `{manifest.fingerprint}`
-- stored: {stored}, {identity.storage_dtype}, layout C, T, H, W
-- normalize: {_normalization(vae)}
-
-| bucket (frames x height x width) | windows |
-|---|---|
-{buckets}
-
-| rejected, by class | samples |
-|---|---|
-{rejected}
-
-| channel | mean | std |
-|---|---|---|
-{channels}
-"""
-
-
-def _normalization(vae: Mapping[str, Any]) -> str:
-    shift, scale = vae.get("shift_factor"), vae.get("scaling_factor")
-    if isinstance(shift, list) or isinstance(scale, list):
-        return f"z = (mean - shift) * scale, by channel: shift {shift}, scale {scale}"
-    return f"z = (mean - {shift}) * {scale}"

@@ -164,3 +164,14 @@ class EncodePolicy(Policy):
     """torch.compile the tile encoder; one shape per bucket."""
     threads: Annotated[int, Field(ge=1)] | None = None
     """CPU threads of an encoder without a GPU; None derives them from the cores an actor has."""
+    proof_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the windows, chosen by their keys, that are encoded once more by themselves and once without tiles in
+    time, to be compared with what is stored; the receipt says how far apart they are. Changes no stored latent. Off
+    by default: each such window costs two more encodes, and memory for all its frames at once. 0.01 shows what is
+    wrong."""
+    proof_limit: Annotated[float, Field(gt=0)] = 0.05
+    """Deviation (RMS of the difference over RMS of the latent) from the window encoded by itself above which the run
+    stops. In float32 it is about 1e-6; a batch or a kernel that is wrong makes it about 1."""
+    proof_untiled_limit: Annotated[float, Field(gt=0)] | None = None
+    """The same limit against one pass without tiles. None: it is recorded and stops nothing, since how far tiles are
+    from one pass is a property of the VAE."""

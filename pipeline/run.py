@@ -14,12 +14,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from cvvae import VAESpec
+from cvvae import VAESpec, VideoVAE
+from pipeline.card import dataset_card
 from pipeline.checkpoints import VAESource, load_source
 from pipeline.dataset import DatasetFolder, require_unchanged
 from pipeline.documents import Manifest, RunFile, RunIdentity, ShardReceipt
 from pipeline.errors import ConfigError, IdentityMismatch, PipelineError, PoisonShard, ShardError
-from pipeline.manifest import build_manifest, dataset_card
+from pipeline.manifest import build_manifest
 from pipeline.policies import (
     DecodePolicy,
     EncodePolicy,
@@ -99,17 +100,7 @@ def plan_run(settings: EncodeSettings, config: dict[str, Any]) -> RunPlan:
     vae = load_source(settings.vae)
     check_geometry(vae.spec, settings)
     source = plan_source(settings.source)
-    assert vae.weights_sha256 is not None, "loaded and seeded weights are named"
-    identity = RunIdentity(
-        weights_sha256=vae.weights_sha256,
-        vae=vae.spec.to_dict(),
-        windows=settings.windows,
-        resize=settings.resize,
-        decode_backends=settings.decode.backends,
-        compute_dtype=settings.encode.dtype,
-        storage_dtype=settings.encode.storage_dtype,
-        logvar=settings.encode.logvar,
-    )
+    identity = identity_of(settings, vae)
     output = settings.output
     dataset = DatasetFolder(Store(output.url, options=output.options, single_driver=output.single_driver))
     run_file = dataset.claim(
@@ -129,6 +120,21 @@ def plan_run(settings: EncodeSettings, config: dict[str, Any]) -> RunPlan:
         shards=source.shards,
         todo=todo,
         samples_todo=count_samples(todo, settings.source),
+    )
+
+
+def identity_of(settings: EncodeSettings, vae: VideoVAE) -> RunIdentity:
+    """What a run with these settings and this VAE means by its numbers."""
+    assert vae.weights_sha256 is not None, "loaded and seeded weights are named"
+    return RunIdentity(
+        weights_sha256=vae.weights_sha256,
+        vae=vae.spec.to_dict(),
+        windows=settings.windows,
+        resize=settings.resize,
+        decode_backends=settings.decode.backends,
+        compute_dtype=settings.encode.dtype,
+        storage_dtype=settings.encode.storage_dtype,
+        logvar=settings.encode.logvar,
     )
 
 

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from cvvae import DiagonalGaussian
@@ -40,6 +41,7 @@ from pipeline.spool import LatentSpool
 from pipeline.stats import ChannelStatistics
 from pipeline.storage import Store
 from pipeline.store_errors import redact
+from pipeline.tile_proof import TileProver
 from pipeline.windows import valid_lengths
 
 log = logging.getLogger(__name__)
@@ -124,7 +126,8 @@ class ShardEncoder:
         ledger = ShardLedger(shard.id)
         with self._scratch.folder(shard.id) as folder:
             with LatentSpool(folder / "spool") as spool:
-                digest = self._encode_clips(shard, spool, ledger, lost, clock)
+                prover = TileProver(shard.id, self._encoder, clock)
+                digest = self._encode_clips(shard, spool, ledger, lost, clock, prover)
                 with clock.measure("write"):
                     written = self._write(shard, spool, ledger, folder)
             counts = ledger.counts()
@@ -133,7 +136,7 @@ class ShardEncoder:
             with clock.measure("store"):
                 stored = self._store(shard, written, folder)
         return ShardStored(
-            shard_id=shard.id, receipt=self._receipt(shard, digest, ledger, stored), seconds=clock.seconds
+            shard_id=shard.id, receipt=self._receipt(shard, digest, ledger, stored, prover), seconds=clock.seconds
         )
 
     def _encode_clips(
@@ -143,6 +146,7 @@ class ShardEncoder:
         ledger: ShardLedger,
         lost: dict[str, Rejection],
         clock: StageClock,
+        prover: TileProver,
     ) -> SourceDigest:
         digest = SourceDigest()
         batcher: TileBatcher[_Ticket] = self._encoder.batcher(clock)
@@ -152,25 +156,38 @@ class ShardEncoder:
             lengths = valid_lengths(self.job.windows, self._encoder.spec.is_valid_num_frames)
             with closing(self._pool.decode(clips, self.job.windows, self.job.resize, lengths)) as events:
                 for event in clock.waits("wait for decode", events):
-                    self._take(event, batcher, spool, ledger)
+                    self._take(event, batcher, spool, ledger, prover)
             for done, posterior in batcher.flush():
-                self._keep(done, posterior, spool, ledger)
+                self._keep(done, posterior, spool, ledger, prover)
         return digest
 
     def _take(
-        self, event: DecodeEvent, batcher: TileBatcher[_Ticket], spool: LatentSpool, ledger: ShardLedger
+        self,
+        event: DecodeEvent,
+        batcher: TileBatcher[_Ticket],
+        spool: LatentSpool,
+        ledger: ShardLedger,
+        prover: TileProver,
     ) -> None:
         match event:
             case WindowReady(window, clip):
-                ticket = _Ticket(self._row(window, clip), ledger.attempt(clip.key))
+                proved = window.frames_THWC if prover.chooses(window.key) else None
+                ticket = _Ticket(self._row(window, clip), ledger.attempt(clip.key), proved)
                 for done, posterior in batcher.add(window.frames_THWC, ticket):
-                    self._keep(done, posterior, spool, ledger)
+                    self._keep(done, posterior, spool, ledger, prover)
             case ClipRetracted(clip):
                 ledger.retract(clip.key)
             case ClipDone():
                 ledger.finish(event)
 
-    def _keep(self, ticket: _Ticket, posterior: DiagonalGaussian, spool: LatentSpool, ledger: ShardLedger) -> None:
+    def _keep(
+        self,
+        ticket: _Ticket,
+        posterior: DiagonalGaussian,
+        spool: LatentSpool,
+        ledger: ShardLedger,
+        prover: TileProver,
+    ) -> None:
         """Spool a window's latent, or reject it if it is not finite in the storage dtype."""
         if not ticket.attempt.valid:
             return
@@ -186,6 +203,8 @@ class ShardEncoder:
                 Rejection.from_error(error, key=row.key, shard_id=row.shard_id, scope="window"), ticket.attempt
             )
             return
+        if ticket.proved_THWC is not None:
+            prover.check(ticket.row, ticket.proved_THWC, posterior.mean[0])
         spool.append(Latent(row=ticket.row, mean_CTHW=mean, logvar_CTHW=logvar))
         ledger.store_window(ticket.row, ticket.attempt)
 
@@ -311,7 +330,7 @@ class ShardEncoder:
         )
 
     def _receipt(
-        self, shard: VideoShard, digest: SourceDigest, ledger: ShardLedger, stored: _WrittenShard
+        self, shard: VideoShard, digest: SourceDigest, ledger: ShardLedger, stored: _WrittenShard, prover: TileProver
     ) -> ShardReceipt:
         return ShardReceipt(
             shard_id=shard.id,
@@ -336,6 +355,7 @@ class ShardEncoder:
                 RejectionRecord(**{k: v for k, v in asdict(rejection).items() if k != "shard_id"})
                 for rejection in ledger.rejections()
             ),
+            tile_proof=prover.summary(ledger.stored_rows()),
         )
 
 
@@ -345,6 +365,8 @@ class _Ticket:
 
     row: LatentRow
     attempt: ClipAttempt
+    proved_THWC: np.ndarray | None
+    """Its frames, kept if its tiles are to be proved."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

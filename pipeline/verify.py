@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from pydantic import TypeAdapter
 
 from cvvae import VAESpec, spec_from_dict
 from pipeline.dataset import MANIFEST, DatasetFolder, describe_file
@@ -23,7 +22,8 @@ from pipeline.errors import DatasetError, PipelineError
 from pipeline.formats import FORMATS, IndexRow, read_index, read_payload
 from pipeline.formats.tensors import TORCH_DTYPES
 from pipeline.manifest import build_manifest, rows_per_bucket, rows_per_decoder
-from pipeline.records import Clip, Latent, VideoShard
+from pipeline.recorded import recorded_shard
+from pipeline.records import Clip, Latent
 from pipeline.sources import SourceDigest, SourceSpec, read_shard
 from pipeline.stats import ChannelStatistics
 from pipeline.storage import Store
@@ -38,6 +38,8 @@ class VerifyReport:
     payload_bytes: int = 0
     source_clips: int = 0
     problems: list[str] = field(default_factory=list)
+    to_encode: set[str] = field(default_factory=set)
+    """Ids of the shards that must be encoded again: `latents repair` does."""
     set_aside: tuple[str, ...] = ()
     """Shards that are not in the dataset because they ended their encode actor too often."""
 
@@ -64,6 +66,7 @@ def verify_dataset(
     ids = folder.receipt_ids()
     manifest = _manifest(folder, len(ids), report)
     report.problems += _missing_and_stray(store, run, ids, manifest)
+    report.to_encode |= {shard.id for shard in manifest.shards} - set(ids) if manifest else set()
     checked = _checked_receipts(folder, run, ids, report, source, on_shard)
     before = len(report.problems)
     try:
@@ -112,10 +115,12 @@ def _checked_receipts(
             receipt.counts.check("its receipt")
         except DatasetError as error:
             report.problems.append(f"shard {shard_id}: {error}")
+            report.to_encode.add(shard_id)
             continue
         with tempfile.TemporaryDirectory(prefix="latents-verify-") as scratch:
             found = list(_check_shard(folder.store, run, receipt, Path(scratch), report, source))
         report.problems += [f"shard {shard_id}: {text}" for text in found]
+        report.to_encode |= {shard_id} if found else set()
         yield receipt
     if on_shard is not None:
         on_shard(len(ids), len(ids))
@@ -264,26 +269,6 @@ def _offset_problems(latent: Latent, index_row: IndexRow, file: object) -> Itera
         yield f"{latent.row.key}: the index's offset leads to other numbers"
 
 
-def recorded_source(run: RunFile) -> SourceSpec:
-    """The source section that a dataset was made from."""
-    recorded = {name: value for name, value in run.source.items() if name != "table_sha256"}
-    return TypeAdapter[SourceSpec](SourceSpec).validate_python(recorded)
-
-
-def source_shard(receipt: ShardReceipt) -> VideoShard:
-    """The input that a receipt was made from."""
-    source = receipt.source
-    return VideoShard(
-        id=receipt.shard_id,
-        kind=source.kind,
-        url=source.url,
-        size=source.size,
-        etag=source.etag,
-        rows=source.rows,
-        byte_span=source.byte_span,
-    )
-
-
 def _source_problems(
     receipt: ShardReceipt, rows: Sequence[IndexRow], spec: SourceSpec, report: VerifyReport
 ) -> Iterator[str]:
@@ -291,7 +276,7 @@ def _source_problems(
     expected = {index_row.row.clip_key: index_row.row.pair_sha256 for index_row in rows}
     rejected = {rejection.key for rejection in receipt.rejections if rejection.scope == "clip"}
     digest, samples = SourceDigest(), 0
-    for sample in read_shard(source_shard(receipt), spec, max_clip_bytes=1 << 62, digest=digest):
+    for sample in read_shard(recorded_shard(receipt), spec, max_clip_bytes=1 << 62, digest=digest):
         samples += not (not isinstance(sample, Clip) and sample.scope == "shard")
         if isinstance(sample, Clip):
             report.source_clips += 1

@@ -17,10 +17,8 @@ DOORS = {
     "ray": {"pipeline/dataflow.py", "jobs/cluster.py", "jobs/train_workers.py", "jobs/submit.py"},
     "tensorboard": set(),  # through torch.utils.tensorboard, in pipeline/training/reports.py
     "av": {
-        "pipeline/decode/container.py",
-        "pipeline/decode/pyav_backend.py",
-        "jobs/remux.py",
-        "jobs/make_train_data.py",
+        *("pipeline/decode/container.py", "pipeline/decode/pyav_backend.py"),
+        *("jobs/remux.py", "jobs/side_by_side.py", "jobs/make_train_data.py"),
     },
     "cv2": {"jobs/evaluation/motion.py"},
     "decord": {"pipeline/decode/decord_backend.py"},

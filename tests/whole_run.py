@@ -39,6 +39,7 @@ def settings_for(
         vae=vae or VAESource(spec="cvvae-sd21-tiny", options={}),
         windows=WindowPolicy(max_windows=1),
         resize=ResizePolicy(buckets=((32, 32),)),
+        encode=EncodePolicy(batch_pixels=2 * 17 * 32 * 32),  # the default would be 62 blank tiles for two
     )
 
 
@@ -51,8 +52,8 @@ def one_encoder(scratch: Path, policy: EncodePolicy | None = None) -> Iterator[R
     with DecodePool(DecodePolicy(), 1) as pool:
 
         def run(settings: EncodeSettings, limit: int | None = None) -> Manifest:
-            plan, log = plan_run(settings, {}), RunLog()
-            tiles = TileEncoder(load_source(settings.vae), policy or EncodePolicy(), torch.device("cpu"), threads=1)
+            plan, log = plan_run(settings, settings.model_dump(mode="json")), RunLog()
+            tiles = TileEncoder(load_source(settings.vae), policy or settings.encode, torch.device("cpu"), threads=1)
             encoder = ShardEncoder(plan.job(), tiles, pool, Scratch(scratch))
             stored = (encoder.run(shard) for shard in plan.todo[:limit])
             list(commit_all(plan, stored, log, set_aside_poison=False))

@@ -43,6 +43,37 @@ def line_chart(
     return "".join(parts)
 
 
+def bar_chart(
+    centres: Sequence[float], heights: Sequence[float], *, x_title: str, y_title: str, decimals: int
+) -> str:
+    """A histogram as an <svg>: one bar per bin of equal width. "" without a bin."""
+    if not heights:
+        return ""
+    top = max(heights) or 1.0
+    floor = _y(0.0, 0.0, top)
+    width = (WIDTH - _LEFT - _RIGHT) / len(heights)
+    parts = [
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="{escape(y_title)} by {escape(x_title)}">'
+        f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{floor:.1f}" y2="{floor:.1f}"/>'
+    ]
+    every = max(1, math.ceil(len(centres) / 9))
+    for place, (centre, height) in enumerate(zip(centres, heights, strict=True)):
+        x, y = _LEFT + place * width, _y(height, 0.0, top)
+        parts.append(
+            f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(1.0, width - 1):.1f}" height="{floor - y:.1f}" '
+            f'fill="var(--series-0)"><title>{centre:.{decimals}f}: {height:.3g}</title></rect>'
+        )
+        if place % every == 0:
+            parts.append(
+                f'<text x="{x + width / 2:.1f}" y="{HEIGHT - 24}" text-anchor="middle">{centre:.{decimals}f}</text>'
+            )
+    middle = (_LEFT + WIDTH - _RIGHT) / 2
+    parts.append(f'<text x="{middle:.0f}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_title)}</text>')
+    parts.append(f'<text x="{_LEFT - 6}" y="{_TOP + 8}" text-anchor="end">{top:.3g}</text></svg>')
+    return "".join(parts)
+
+
 def legend(labels: Sequence[str]) -> str:
     """What colour a label's line has."""
     items = (

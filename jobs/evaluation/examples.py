@@ -97,7 +97,7 @@ def _small(measured: Measured) -> Measured:
 
 
 def shrunk(frames_THWC: np.ndarray) -> np.ndarray:
-    """A copy of at most MAX_FRAMES frames whose longer side is at most MAX_SIDE."""
+    """uint8 frames as they are shown: the first MAX_FRAMES, with the longer side MAX_SIDE at most."""
     frames_THWC = frames_THWC[:MAX_FRAMES]
     _, height, width, _ = frames_THWC.shape
     ratio = min(1.0, MAX_SIDE / max(height, width))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
@@ -13,51 +12,23 @@ from jobs.evaluation.compatibility_page import StripKeeper, compatibility_html
 from jobs.evaluation.examples import ERROR_GAIN, Example, Gallery
 from jobs.evaluation.presets import LOWER_IS_BETTER, METRICS, Metric
 from jobs.evaluation.report import best_label, measured_metrics, number_text, shape_of, span_text, windows_text
+from jobs.web_page import bullets, figure, table, write_document
 
 PAGE_NAME = "index.html"
 BY_FRAME: tuple[Metric, ...] = ("psnr", "ssim", "lpips")
 """Those that a frame has on its own: in charts and under pictures."""
-_STYLE = """
-:root{color-scheme:light dark;--ground:#fcfcfb;--text:#1b1d21;--soft:#5c636e;--line:#dfe1e5;--best:#e8f0fb;
---series-0:#2f6fd0;--series-1:#d2601a;--series-2:#1d8a5b;--series-3:#a04bb0;--series-4:#9a7b00;--series-5:#c43d5c}
-@media (prefers-color-scheme:dark){:root{--ground:#16181c;--text:#e9eaec;--soft:#a2a9b3;--line:#363b43;
---best:#1f3150;--series-0:#6aa5f5;--series-1:#f2935a;--series-2:#4fc08d;--series-3:#cf8add;--series-4:#d1b23c;
---series-5:#f07f99}}
-body{margin:0 auto;max-width:78rem;padding:1.5rem;background:var(--ground);color:var(--text);
-font:15px/1.5 system-ui,sans-serif}
-h1{font-size:1.5rem;margin:0}h2{font-size:1.2rem;margin:2.2rem 0 .6rem}h3{font-size:1rem;margin:1.4rem 0 .4rem}
-p,.soft{color:var(--soft);margin:.3rem 0}.wide{overflow-x:auto}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-th,td{padding:.3rem .7rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
-th:first-child,td:first-child{text-align:left}th{font-weight:600}td.best{background:var(--best);font-weight:600}
-td small{color:var(--soft)}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(26rem,100%),1fr));gap:1rem 2rem}
-.chart{width:100%;height:auto}.chart text{font-size:11px;fill:var(--soft)}.grid{stroke:var(--line)}
-.legend{list-style:none;display:flex;flex-wrap:wrap;gap:.3rem 1.2rem;margin:.2rem 0;padding:0}
-.legend svg{width:24px;height:8px;margin-right:.4rem;vertical-align:middle}
-.strip{display:flex;gap:.8rem;overflow-x:auto;padding-bottom:.5rem}
-figure{margin:0;flex:none}figcaption{font-size:.82rem;color:var(--soft);max-width:18rem}
-figure img{display:block;min-width:14rem;border-radius:4px;background:var(--line)}
-ul.plain{padding-left:1.2rem;overflow-wrap:anywhere}
-""".strip()
 
 
 def write_page(report: dict[str, Any], gallery: Gallery, strips: StripKeeper, folder: Path) -> Path:
     """index.html, whole or not at all."""
-    part = folder / f".{PAGE_NAME}.{os.getpid()}"
-    part.write_text("\n".join(_page(report, gallery, strips)) + "\n", encoding="utf-8")
-    return part.replace(folder / PAGE_NAME)
+    return write_document(folder / PAGE_NAME, f"VAEs compared: {report['preset']}", _body(report, gallery, strips))
 
 
-def _page(report: dict[str, Any], gallery: Gallery, strips: StripKeeper) -> Iterator[str]:
-    yield '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-    yield '<meta name="viewport" content="width=device-width,initial-scale=1">'
-    yield '<link rel="icon" href="data:,">'  # or browsers ask for /favicon.ico
-    yield f"<title>VAEs compared: {escape(report['preset'])}</title><style>{_STYLE}</style></head><body>"
+def _body(report: dict[str, Any], gallery: Gallery, strips: StripKeeper) -> Iterator[str]:
     yield f"<h1>VAEs compared: {escape(report['preset'])}</h1><p>{escape(report['about'])}</p>"
     yield _vae_table(report)
     if report["notes"]:
-        yield _list(report["notes"])
+        yield bullets(report["notes"])
     for result in report["results"]:
         yield f"<h2>{escape(str(shape_of(result)))}: {windows_text(result['windows'])}</h2>"
         yield _means_table(result)
@@ -73,8 +44,7 @@ def _page(report: dict[str, Any], gallery: Gallery, strips: StripKeeper) -> Iter
         yield _published_table(report["published"])
     if report["failures"]:
         yield f"<h2>Not evaluated: {len(report['failures'])}</h2>"
-        yield _list([f"{each['key']}: {each['error_class']}: {each['message']}" for each in report["failures"]])
-    yield "</body></html>"
+        yield bullets([f"{each['key']}: {each['error_class']}: {each['message']}" for each in report["failures"]])
 
 
 def _vae_table(report: dict[str, Any]) -> str:
@@ -85,7 +55,7 @@ def _vae_table(report: dict[str, Any]) -> str:
         weights = "random (seeded)" if vae["seeded"] else str(vae["weights_sha256"])[:12]
         compression = f"{vae['time_stride']} x {stride} x {stride}"
         rows.append((label, vae["spec"], compression, str(vae["latent_channels"]), weights))
-    return _table(head, [[escape(cell) for cell in row] for row in rows])
+    return table(head, [[escape(cell) for cell in row] for row in rows])
 
 
 def _means_table(result: dict[str, Any]) -> str:
@@ -97,14 +67,14 @@ def _means_table(result: dict[str, Any]) -> str:
         [escape(label), *(_mean_cell(metric, of.get(metric, {}), best[metric] == label) for metric in metrics)]
         for label, of in vaes.items()
     ]
-    return _table(head, rows) + "<p>± is the standard error of the mean over windows.</p>"
+    return table(head, rows) + "<p>± is the standard error of the mean over windows.</p>"
 
 
 def _mean_cell(metric: Metric, figure: dict[str, Any], is_best: bool) -> str:
     text = number_text(metric, figure.get("mean"))
     if figure.get("standard_error") is not None:
         text += f" <small>±{number_text(metric, figure['standard_error'])}</small>"
-    return f"\0{text}" if is_best else text  # \0 marks the best cell for _table
+    return f"\0{text}" if is_best else text  # \0 marks the best cell for table
 
 
 def _charts(result: dict[str, Any]) -> str:
@@ -153,7 +123,7 @@ def _motion(motion: dict[str, Any]) -> str:
         }
         head = ["VAE", *(f"{tick} ({bucket['windows']})" for tick, bucket in zip(ticks, buckets, strict=True))]
         rows = [[escape(label), *(number_text(metric, v) for v in values)] for label, values in series.items()]
-        text += f"<div><h3>{escape(METRICS[metric])}</h3>{_table(head, rows)}</div>"
+        text += f"<div><h3>{escape(METRICS[metric])}</h3>{table(head, rows)}</div>"
     return text + "</div>"
 
 
@@ -175,18 +145,14 @@ def _examples(gallery: Gallery) -> Iterator[str]:
 def _example(example: Example, *, first: str | None) -> str:
     """Source, then each VAE, `first` before the others; its error after it."""
     labels = sorted(example.decoded, key=lambda label: label != first)
-    figures = [_figure(example.source, f"source: {example.key}")]
+    figures = [figure(example.source, f"source: {example.key}")]
     for label in labels:
         values = example.values[label]
         shown = ", ".join(f"{m} {number_text(m, values[m])}" for m in BY_FRAME if m in values)
-        figures.append(_figure(example.decoded[label], f"{label}: {shown}"))
+        figures.append(figure(example.decoded[label], f"{label}: {shown}"))
     for label in labels[:1] if first is not None else []:
-        figures.append(_figure(example.errors[label], f"error of {label}, frame {example.worst_frame[label]}"))
+        figures.append(figure(example.errors[label], f"error of {label}, frame {example.worst_frame[label]}"))
     return f'<div class="strip">{"".join(figures)}</div>'
-
-
-def _figure(uri: str, caption: str) -> str:
-    return f'<figure><img src="{uri}" alt="{escape(caption)}"><figcaption>{escape(caption)}</figcaption></figure>'
 
 
 def _published_table(published: list[dict[str, Any]]) -> str:
@@ -195,22 +161,4 @@ def _published_table(published: list[dict[str, Any]]) -> str:
         [escape(row["method"]), *(number_text(metric, row["figures"].get(metric)) for metric in metrics)]
         for row in published
     ]
-    return _table(["method", *(METRICS[metric] for metric in metrics)], rows)
-
-
-def _table(head: list[str] | tuple[str, ...], rows: list[list[str]]) -> str:
-    """Cells are HTML; one that starts with \\0 is the best of its column."""
-    cells = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "".join(
-        "<tr>"
-        + "".join(
-            f'<td class="best">{cell[1:]}</td>' if cell.startswith("\0") else f"<td>{cell}</td>" for cell in row
-        )
-        + "</tr>"
-        for row in rows
-    )
-    return f'<div class="wide"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _list(items: list[str]) -> str:
-    return f'<ul class="plain">{"".join(f"<li>{escape(item)}</li>" for item in items)}</ul>'
+    return table(["method", *(METRICS[metric] for metric in metrics)], rows)

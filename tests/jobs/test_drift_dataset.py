@@ -101,14 +101,16 @@ def test_the_sample_is_the_seeds(finished: Path) -> None:
 
 
 def test_the_verb_says_what_to_do_and_exits_with_it(finished: Path, tmp_path: Path, capsys) -> None:
-    """run.json of this dataset does not say where its VAE lies; it is given."""
+    """A dataset whose run.json does not say where its VAE lies; it is given."""
     save_vae(recorded(), tmp_path / "own")
     own = tmp_path / "own" / "diffusion_pytorch_model.safetensors"
     arguments = {"windows": 1, "shards": 1, "seed": 0, "max_rms": 0.05, "max_loss": 0.5, "device": "cpu"}
-    out = str(finished / "out")
+    out = str(shutil.copytree(finished / "out", tmp_path / "out"))
+    run_file = tmp_path / "out" / "run.json"
+    run_file.write_text(json.dumps({**json.loads(run_file.read_text()), "config": {}}))
     with pytest.raises(SystemExit):
         drift(out, vae="cvvae-sd21-tiny", recorded=None, report=None, **arguments)
-    assert "say it with --recorded" in capsys.readouterr().err
+    assert "name it with --recorded" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         drift(out, vae="cvvae-sd21-tiny", recorded=str(own.parent), report=None, **arguments)
     assert "expected weights of sha256" in " ".join(capsys.readouterr().err.split())

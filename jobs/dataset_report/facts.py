@@ -1,0 +1,170 @@
+"""What a dataset's documents say, gathered in one pass over the receipts: nothing is decoded here."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline.dataset import MANIFEST, DatasetFolder
+from pipeline.documents import Manifest, ShardReceipt, TileProof
+from pipeline.manifest import build_manifest
+
+EXAMPLES_PER_CLASS = 5
+PLAN = "plan.json"
+
+
+class Estimate(BaseModel):
+    """A planned figure and its interval."""
+
+    model_config = ConfigDict(frozen=True)
+
+    low: float
+    value: float
+    high: float
+
+
+class PlannedFigures(BaseModel):
+    """What this page takes from plan.json; the rest of it is not looked at."""
+
+    model_config = ConfigDict(frozen=True)
+
+    fingerprint: str
+    samples: Estimate
+    totals: dict[str, Estimate] = {}
+    buckets: dict[str, Estimate] = {}
+    rejections: dict[str, Estimate] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class RunTimes:
+    """One run of the encode job, from runs/ID.json."""
+
+    run_id: str
+    outcome: str
+    wall_seconds: float
+    committed: tuple[tuple[float, int], ...]
+    """(seconds after the start, frames of that shard), in order of time."""
+    stage_seconds: dict[str, float]
+    """Over all shards."""
+
+    @property
+    def frames(self) -> int:
+        return sum(frames for _, frames in self.committed)
+
+
+@dataclass(slots=True)
+class ReceiptFacts:
+    """What is kept of the receipts as they pass."""
+
+    examples: dict[str, list[tuple[str, str, str]]] = field(default_factory=dict)
+    """By class of rejection: (key, shard, message)."""
+    numerics: Counter[str] = field(default_factory=Counter)
+    """Shards by the device and threads they were encoded with."""
+    proofs: list[tuple[str, TileProof]] = field(default_factory=list)
+    """(shard, what the receipt says of its tiles), where it does."""
+    frames: dict[str, int] = field(default_factory=dict)
+    """Stored frames by shard."""
+
+    def noted(self, receipts: Iterable[ShardReceipt]) -> Iterator[ShardReceipt]:
+        """The same receipts, looked at on their way."""
+        for receipt in receipts:
+            self.frames[receipt.shard_id] = receipt.counts.frames_stored
+            self.numerics[f"{receipt.numerics.get('device')}, threads {receipt.numerics.get('threads')}"] += 1
+            if receipt.tile_proof is not None:
+                self.proofs.append((receipt.shard_id, receipt.tile_proof))
+            for rejection in receipt.rejections:
+                some = self.examples.setdefault(rejection.error_class, [])
+                if len(some) < EXAMPLES_PER_CLASS:
+                    some.append((rejection.key or "(rest of the shard)", receipt.shard_id, rejection.message))
+            yield receipt
+
+
+@dataclass(slots=True)
+class DatasetFacts:
+    """Everything on the page that needs no pixel."""
+
+    url: str
+    manifest: Manifest
+    """Of an unfinished dataset, what it would be if it ended here."""
+    finished: bool
+    receipts: ReceiptFacts
+    runs: list[RunTimes] = field(default_factory=list)
+    plan: PlannedFigures | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def gather(dataset: DatasetFolder) -> DatasetFacts:
+    """DatasetError if it is no dataset, or a receipt cannot be read. An unfinished dataset is described as far as it
+    goes."""
+    finished = dataset.store.info(MANIFEST) is not None
+    noted = ReceiptFacts()
+    passing = noted.noted(dataset.receipts(dataset.receipt_ids()))
+    manifest = build_manifest(dataset.run_file(), passing, dataset.manifest().set_aside if finished else ())
+    facts = DatasetFacts(dataset.store.full_url(""), manifest, finished, noted)
+    if not finished:
+        facts.notes.append(f"Unfinished: there is no {MANIFEST}. What is committed so far is described.")
+    facts.runs = list(_runs(dataset, facts))
+    facts.plan = _plan(dataset, facts)
+    return facts
+
+
+def _runs(dataset: DatasetFolder, facts: DatasetFacts) -> Iterator[RunTimes]:
+    """In order of their start. A document that is not a run's is a note on the page."""
+    found: list[tuple[float, RunTimes]] = []
+    for name in dataset.store.names("runs", ".json"):
+        try:
+            report = json.loads(dataset.store.read_bytes(f"runs/{name}"))
+            after = sorted((float(at), shard) for shard, at in report["committed_after_seconds"].items())
+            stages: Counter[str] = Counter()
+            for seconds in report["shard_seconds"].values():
+                stages.update({stage: float(value) for stage, value in seconds.items()})
+            times = RunTimes(
+                run_id=str(report["run_id"]),
+                outcome=str(report["outcome"]),
+                wall_seconds=float(report["wall_seconds"]),
+                committed=tuple((at, facts.receipts.frames.get(shard, 0)) for at, shard in after),
+                stage_seconds=dict(stages),
+            )
+            found.append((float(report["started_unix"]), times))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            facts.notes.append(f"runs/{name} is not a run's report: {type(error).__name__}: {error}")
+    yield from (times for _, times in sorted(found, key=lambda one: one[0]))
+
+
+def _plan(dataset: DatasetFolder, facts: DatasetFacts) -> PlannedFigures | None:
+    """plan.json, if there is one, it can be read, and it was made for this identity."""
+    try:
+        plan = PlannedFigures.model_validate_json(dataset.store.read_bytes(PLAN))
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        facts.notes.append(f"{PLAN} cannot be read: {error}")
+        return None
+    if plan.fingerprint != facts.manifest.fingerprint:
+        facts.notes.append(f"{PLAN} was made for another identity ({plan.fingerprint[:12]}) and is not compared.")
+        return None
+    return plan
+
+
+def compared(plan: PlannedFigures, manifest: Manifest) -> list[tuple[str, Estimate, float]]:
+    """(what, planned, actual) for everything that both know."""
+    counts = manifest.counts
+    actual = {
+        "clips": counts.clips_encoded,
+        "windows": counts.windows_stored,
+        "frames": counts.frames_stored,
+        "frames decoded": counts.frames_decoded,
+        "payload bytes": manifest.payload_bytes,
+    }
+    rows = [("samples", plan.samples, float(counts.samples))]
+    rows += [(name, plan.totals[name], float(value)) for name, value in actual.items() if name in plan.totals]
+    for prefix, planned, came in (
+        ("windows", plan.buckets, manifest.buckets),
+        ("rejected", plan.rejections, manifest.rejections),
+    ):
+        rows += [(f"{prefix} {name}", planned[name], float(came.get(name, 0))) for name in sorted(planned)]
+    return rows
