@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -128,6 +129,7 @@ def _manifest(folder: DatasetFolder, unfinished: bool) -> Manifest:
         return build_manifest(run, folder.receipts(ids), ())
 
 
+@functools.cache
 def video_shape(bucket: str) -> tuple[int, int, int]:
     """(T, H, W) in frames and pixels of a bucket's name."""
     match = _BUCKET.fullmatch(bucket)
