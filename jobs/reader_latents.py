@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ from jobs.config import EncodeConfig
 from pipeline.checkpoints import load_source
 from pipeline.dataset import DatasetFolder, describe_file, index_name, shard_name
 from pipeline.decode.pool import DecodePool
-from pipeline.documents import Counts, Manifest, ManifestShard, RunFile, ShardReceipt
+from pipeline.documents import Counts, Manifest, RunFile, ShardReceipt
 from pipeline.encoder import TileEncoder
 from pipeline.formats import FORMATS, ShardHeader, write_index
 from pipeline.manifest import build_manifest, rows_per_bucket
@@ -24,7 +25,6 @@ from pipeline.records import Latent
 from pipeline.run import plan_run
 from pipeline.scratch import Scratch
 from pipeline.shard import ShardEncoder
-from pipeline.stats import ChannelStatistics
 from pipeline.storage import Store
 
 FRAMES = 17
@@ -40,10 +40,12 @@ class RealLatents:
     latents: tuple[Latent, ...]
 
 
-def encode_real(folder: Path, *, spec: str, sides: Sequence[tuple[int, int]], logvar: bool) -> RealLatents:
+def encode_real(
+    folder: Path, *, vae: Mapping[str, Any], sides: Sequence[tuple[int, int]], logvar: bool
+) -> RealLatents:
     """A window of 17 frames of each of two shots, 2.35 and 1.78 times as wide as high. A dataset is left in `folder`.
 
-    `sides` are buckets of (height, width).
+    `vae` is that section of an encode config, `sides` are buckets of (height, width).
     """
     shots = real_shots()
     tars = write_shards(folder / "clips", [shots[0], shots[-1]], num_shards=1, clips_per_shard=2)
@@ -51,7 +53,7 @@ def encode_real(folder: Path, *, spec: str, sides: Sequence[tuple[int, int]], lo
         {
             "source": {"kind": "webdataset", "urls": [str(tar) for tar in tars]},
             "output": {"url": str(folder / "encoded")},
-            "vae": {"spec": spec, "seed": 0},
+            "vae": dict(vae),
             "windows": {"frames": FRAMES, "max_windows": 1},
             "resize": {"buckets": [list(side) for side in sides]},
             "encode": {"batch_pixels": FRAMES * max(height * width for height, width in sides), "logvar": logvar},
@@ -121,17 +123,12 @@ def _repeated(latents: Sequence[Latent], shard_id: str, num_rows: int) -> list[L
     return sorted(copies(), key=lambda latent: latent.row.sort_key)
 
 
-def write_wide_manifest(real: RealLatents, folder: Path, num_shards: int) -> Manifest:
-    """A manifest of so many shards, without the shards: for what reads nothing else."""
-    rows = {latent.row.bucket: 1000 for latent in real.latents}
+def write_wide_manifest(manifest: Manifest, folder: Path, num_shards: int) -> None:
+    """A dataset's manifest as if it had so many shards, and no shard: for what reads nothing else."""
+    first = manifest.shards[0]
     shards = tuple(
-        ManifestShard(id=f"{number:05d}", size=100 << 20, sha256=f"{number:064x}", rows=rows)
-        for number in range(num_shards)
+        first.model_copy(update={"id": f"{number:05d}", "sha256": f"{number:064x}"}) for number in range(num_shards)
     )
-    receipt = real.receipt.model_copy(update={"statistics": ChannelStatistics.of(real.latents[0].mean_CTHW)})
-    manifest = build_manifest(real.run, [receipt], ()).model_copy(
-        update={"shards": shards, "buckets": {name: count * num_shards for name, count in rows.items()}}
-    )
+    buckets = {name: rows * num_shards for name, rows in first.rows.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    DatasetFolder(Store(str(folder))).finish(manifest, "")
-    return manifest
+    DatasetFolder(Store(str(folder))).finish(manifest.model_copy(update={"shards": shards, "buckets": buckets}), "")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from threading import Lock
 from typing import Literal
 
@@ -30,17 +31,23 @@ _Row = tuple[LoadedPiece, int]
 
 
 class _Awaited:
-    """A piece under way. Most rows are of pieces that are there, and a future is slow to say so."""
+    """A piece under way, or one that whoever wants it first will load."""
 
-    __slots__ = ("_future", "_loaded")
+    __slots__ = ("_get", "_loaded")
 
-    def __init__(self, future: Future[LoadedPiece]) -> None:
-        self._future = future
-        self._loaded: LoadedPiece | None = None
+    def __init__(self, get: Callable[[], LoadedPiece]) -> None:
+        self._get = get
+        self._loaded: LoadedPiece | Exception | None = None
 
     def result(self) -> LoadedPiece:
+        """The piece, or the error that its loading ended with, each time."""
         if self._loaded is None:
-            self._loaded = self._future.result()
+            try:
+                self._loaded = self._get()
+            except UNREADABLE as error:
+                self._loaded = error
+        if isinstance(self._loaded, Exception):
+            raise self._loaded
         return self._loaded
 
 
@@ -60,7 +67,7 @@ class BatchReader:
     ) -> None:
         self._catalog, self._plan, self._pieces, self._reading = catalog, plan, pieces, reading
         self._lanes, self._on_corrupt, self._threads = lanes, on_corrupt, threads
-        self._maker = LatentMaker(catalog.dtype, catalog.factors(), reading)
+        self._maker = LatentMaker(catalog.dtype, catalog.logvar_dtype, catalog.factors(), reading)
         self._held: dict[Piece, _Awaited] = {}
         self._in_lane: dict[tuple[int, int], tuple[Piece, ...]] = {}
         self._last_epoch = -1
@@ -90,7 +97,8 @@ class BatchReader:
     def _piece(self, pool: ThreadPoolExecutor, piece: Piece, share: Share) -> _Awaited:
         held = self._held.get(piece)
         if held is None:
-            held = self._held[piece] = _Awaited(pool.submit(self._pieces.load, piece, self._bucket(share)))
+            load = partial(self._pieces.load, piece, self._bucket(share))
+            held = self._held[piece] = _Awaited(pool.submit(load).result if self._pieces.fetches else load)
         return held
 
     def _epoch_plan(self, epoch: int) -> EpochPlan:
@@ -149,10 +157,10 @@ class BatchReader:
     def _try(self, found: _Row, share: Share) -> None:
         """Read a row's numbers for nothing but the error there may be."""
         piece, row = found
-        numbers = bytearray(math.prod(self._catalog.latent_shape(self._bucket(share))) * self._catalog.dtype.itemsize)
-        for column in (piece.mean, piece.logvar):
+        size, catalog = math.prod(self._catalog.latent_shape(self._bucket(share))), self._catalog
+        for column, dtype in ((piece.mean, catalog.dtype), (piece.logvar, catalog.logvar_dtype)):
             if column is not None:
-                column.copy(row, memoryview(numbers))
+                column.copy(row, memoryview(bytearray(size * dtype.itemsize)))
 
     def _without_bad(self, share: Share, rows: Sequence[_Row | None]) -> Iterator[_Row | None]:
         for piece, row in zip(share.pieces, rows, strict=True):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cvvae import VAESpec
+from pipeline.logvar_code import logvar_from_int8
 from pipeline.reader.plan import seed_of
 from pipeline.reader.row_bytes import RowBytes
 
@@ -145,9 +146,14 @@ class LatentMaker:
     so small that torch stays on the caller's thread: its others belong to the training step.
     """
 
-    def __init__(self, stored: torch.dtype, factors: tuple[np.ndarray, np.ndarray], reading: Reading) -> None:
-        """`stored` is the dtype on disk; `factors` are shift and scale, float32 (C or 1, 1, 1, 1)."""
-        self._stored, self._reading = stored, reading
+    def __init__(
+        self, stored: torch.dtype, logvar: torch.dtype, factors: tuple[np.ndarray, np.ndarray], reading: Reading
+    ) -> None:
+        """`stored` and `logvar` are the dtypes on disk, int8 for coded log variances.
+
+        `factors` are shift and scale, float32 (C or 1, 1, 1, 1).
+        """
+        self._stored, self._logvar, self._reading = stored, logvar, reading
         shift, scale = (torch.from_numpy(factor.reshape(-1, 1)) for factor in factors)
         normalized = reading.latents == "normalized"
         self._shift = shift if normalized and bool((shift != 0).any()) else None
@@ -191,10 +197,11 @@ class LatentMaker:
         for part, source in zip(_parts(numbers_BN, shape[0]), _parts(stored_BN, shape[0]), strict=True):
             part.copy_(source)
         if self._reading.sample == "sample":
-            for out, (_, logvar, row) in zip(memory, rows, strict=False):
+            logvar_BN = torch.empty(stored_BN.shape, dtype=self._logvar)
+            for out, (_, logvar, row) in zip(_row_memory(logvar_BN), rows, strict=True):
                 assert logvar is not None, "asked of the dataset when it was opened"
                 logvar.copy(row, out)
-            self._add_noise(numbers_BN, stored_BN, shape, seeds)
+            _add_noise(numbers_BN, logvar_BN, shape, seeds)
         for part in _parts(numbers_BN, shape[0]):
             if self._shift is not None:
                 part.sub_(self._shift)
@@ -204,14 +211,15 @@ class LatentMaker:
             for part, source in zip(_parts(latents_BN, shape[0]), _parts(numbers_BN, shape[0]), strict=True):
                 part.copy_(source)
 
-    def _add_noise(
-        self, numbers_BN: Tensor, logvar_BN: Tensor, shape: tuple[int, ...], seeds: Sequence[tuple[object, ...]]
-    ) -> None:
-        half_BN = torch.empty(logvar_BN.shape)
-        for part, source in zip(_parts(half_BN, shape[0]), _parts(logvar_BN, shape[0]), strict=True):
-            part.copy_(source).mul_(0.5)
-        for number_N, half_N, seed in zip(numbers_BN.numpy(), half_BN.numpy(), seeds, strict=True):
-            number_N += np.exp(half_N) * noise(shape, *seed).reshape(-1)
+
+def _add_noise(
+    numbers_BN: Tensor, logvar_BN: Tensor, shape: tuple[int, ...], seeds: Sequence[tuple[object, ...]]
+) -> None:
+    half_BN = torch.empty(logvar_BN.shape)
+    for part, source in zip(_parts(half_BN, shape[0]), _parts(logvar_BN, shape[0]), strict=True):
+        part.copy_(logvar_from_int8(source) if source.dtype == torch.int8 else source).mul_(0.5)
+    for number_N, half_N, seed in zip(numbers_BN.numpy(), half_BN.numpy(), seeds, strict=True):
+        number_N += np.exp(half_N) * noise(shape, *seed).reshape(-1)
 
 
 def _row_memory(tensor_BN: Tensor) -> list[memoryview]:

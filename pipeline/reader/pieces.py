@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from torch import Tensor
 
 from pipeline.dataset import describe_stored, index_name, shard_name
@@ -45,14 +46,17 @@ class _Column:
 
     offset: np.ndarray
     length: np.ndarray
-    prefixes: dict[str, bytes] = field(default_factory=dict)
-    """Of each bucket, what stands before a row's numbers."""
+    dtype: torch.dtype
+    prefixes: dict[str, tuple[bytes, int]] = field(default_factory=dict)
+    """Of each bucket, what stands before a row's numbers, and how many bytes those are."""
 
 
 @dataclass(frozen=True, slots=True)
 class _ShardRows:
     """What is kept of a shard's index."""
 
+    where: str
+    """The shard's URL."""
     table: pa.Table
     mean: _Column
     logvar: _Column | None
@@ -97,10 +101,16 @@ class PieceReader:
         self._kept_bytes = 0
         self._lock = threading.Lock()
 
+    @property
+    def fetches(self) -> bool:
+        """Whether a piece's numbers are fetched when it is loaded, which takes a while."""
+        return not self._store.is_local
+
     def load(self, piece: Piece, bucket: str) -> LoadedPiece:
         """DatasetError, FileNotFoundError or StorageError, all with the shard's name, if it cannot be read."""
         shard = self._catalog.manifest.shards[piece.shard]
-        rows, where = self._shard_rows(piece.shard), self._store.full_url(self._shard_name(piece.shard))
+        rows = self._shard_rows(piece.shard)
+        where = rows.where
         # lists, not slices: those would keep the whole index in memory for as long as the piece is there
         table = rows.table.slice(piece.first, piece.stop - piece.first)
         columns = {name: table.column(name).to_pylist() for name in table.column_names}
@@ -117,10 +127,10 @@ class PieceReader:
         for column in columns:
             first, stop = self._span(piece, column, where)
             prefix, nbytes = self._prefix(piece, bucket, column, where)
-            starts = column.offset[piece.first : piece.stop] + self._shift(prefix)
+            starts = (column.offset[piece.first : piece.stop] + self._shift(prefix)).tolist()
             for begin, end in spans(starts, nbytes):
                 file.will_need(max(first, begin - len(prefix)), min(stop, end))
-            yield FileBytes(partial(self._files.get, piece.shard), starts.tolist(), prefix, where)
+            yield FileBytes(partial(self._files.get, piece.shard), starts, prefix, where)
 
     def _fetched(self, piece: Piece, bucket: str, columns: Sequence[_Column], where: str) -> Iterator[RowBytes]:
         ranges = [self._span(piece, column, where) for column in columns]
@@ -157,21 +167,24 @@ class PieceReader:
 
         In a tar, the header of the first row's file, which is checked here: `first`, or else read now.
         """
-        shape = self._catalog.latent_shape(bucket)
-        nbytes = int(np.prod(shape)) * self._catalog.dtype.itemsize
         lengths = column.length[piece.first : piece.stop]
-        if self._catalog.manifest.format == "parquet":
-            if (lengths != nbytes).any():
-                raise DatasetError(f"{where}: expected {nbytes} bytes for a latent of shape {shape}")
-            return nbytes.to_bytes(LENGTH_BYTES, "little"), nbytes
         if (lengths != lengths[0]).any():
-            raise DatasetError(f"{where}: files of different lengths with latents of shape {shape}")
+            raise DatasetError(f"{where}: latents of bucket {bucket} with different lengths in its index")
         if bucket not in column.prefixes:
             start, length = int(column.offset[piece.first]), int(lengths[0])
-            data = bytes(first) if first is not None else self._read(piece.shard, start, start + length, where)
-            self._require(read_payload(data, where), shape, where)
-            column.prefixes[bucket] = data[: len(data) - nbytes]
-        return column.prefixes[bucket], nbytes
+            shape = self._catalog.latent_shape(bucket)
+            nbytes = int(np.prod(shape)) * column.dtype.itemsize
+            if self._catalog.manifest.format == "parquet":
+                if length != nbytes:
+                    raise DatasetError(
+                        f"{where}: expected {nbytes} bytes for a latent of shape {shape}, got {length}"
+                    )
+                column.prefixes[bucket] = nbytes.to_bytes(LENGTH_BYTES, "little"), nbytes
+            else:
+                data = bytes(first) if first is not None else self._read(piece.shard, start, start + length, where)
+                _require(read_payload(data, where), column.dtype, shape, where)
+                column.prefixes[bucket] = data[: len(data) - nbytes], nbytes
+        return column.prefixes[bucket]
 
     def _read(self, number: int, start: int, stop: int, where: str) -> bytes:
         data = self._range(number, start, stop)
@@ -187,12 +200,6 @@ class PieceReader:
         return self._cache.read(
             shard.sha256, shard.size, start, stop, lambda first, last: self._store.read_range(name, first, last)
         )
-
-    def _require(self, tensor: Tensor, shape: tuple[int, ...], where: str) -> None:
-        if tuple(tensor.shape) != shape or tensor.dtype != self._catalog.dtype:
-            raise DatasetError(
-                f"{where}: expected {self._catalog.dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}"
-            )
 
     # --- indexes -------------------------------------------------------------------------------------------------
 
@@ -247,9 +254,12 @@ class PieceReader:
             sum(shard.rows.values()),
         ):
             raise DatasetError(f"{where}: not the index of the shard {shard.id} that the manifest lists")
-        mean = self._places(number, table, "vae_latent_bytes", *_MEAN)
-        logvar = self._places(number, table, "vae_logvar_bytes", *_LOGVAR) if self._want_logvar else None
-        return _ShardRows(table.select(list(self._columns)), mean, logvar)
+        mean = self._places(number, table, "vae_latent_bytes", self._catalog.dtype, *_MEAN)
+        logvar = None
+        if self._want_logvar:
+            logvar = self._places(number, table, "vae_logvar_bytes", self._catalog.logvar_dtype, *_LOGVAR)
+        url = self._store.full_url(self._shard_name(number))
+        return _ShardRows(url, table.select(list(self._columns)), mean, logvar)
 
     def _index_bytes(self, number: int) -> bytes:
         """A whole index: one read of a store, and with a cache none the next time."""
@@ -263,11 +273,13 @@ class PieceReader:
             content, info.size, 0, info.size, lambda first, last: self._store.read_range(name, first, last)
         )
 
-    def _places(self, number: int, table: pa.Table, blob: str, offset: str, length: str) -> _Column:
+    def _places(
+        self, number: int, table: pa.Table, blob: str, dtype: torch.dtype, offset: str, length: str
+    ) -> _Column:
         where = self._store.full_url(self._shard_name(number))
         if self._catalog.manifest.format == "parquet":
             nbytes = {
-                name: int(np.prod(self._catalog.latent_shape(name))) * self._catalog.dtype.itemsize
+                name: int(np.prod(self._catalog.latent_shape(name))) * dtype.itemsize
                 for name in table.column("bucket").unique().to_pylist()
             }
             lengths = np.asarray([nbytes[name] for name in table.column("bucket").to_pylist()], np.int64)
@@ -276,10 +288,10 @@ class PieceReader:
             def read(start: int, stop: int) -> bytes:
                 return self._range(number, start, stop)
 
-            return _Column(blob_offsets(read, size, blob, lengths.tolist(), where), lengths)
+            return _Column(blob_offsets(read, size, blob, lengths.tolist(), where), lengths, dtype)
         if table.column(offset).null_count or table.column(length).null_count:
             raise DatasetError(f"{where}: its index has rows without {offset}")
-        return _Column(table.column(offset).to_numpy(), table.column(length).to_numpy())
+        return _Column(table.column(offset).to_numpy(), table.column(length).to_numpy(), dtype)
 
     def _check_sha256(self, number: int) -> None:
         shard, name = self._catalog.manifest.shards[number], self._shard_name(number)
@@ -289,6 +301,11 @@ class PieceReader:
                 f"{self._store.full_url(name)}: expected {shard.size} bytes with sha256 {shard.sha256}, "
                 f"got {found.size} with {found.sha256}"
             )
+
+
+def _require(tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], where: str) -> None:
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+        raise DatasetError(f"{where}: expected {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")
 
 
 def _index_table(content: bytes, names: list[str], where: str) -> tuple[Any, pa.Table]:

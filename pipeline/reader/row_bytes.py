@@ -14,8 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-
 from pipeline.errors import DatasetError, StorageError
 from pipeline.local_files import LocalFile
 
@@ -85,11 +83,12 @@ def misplaced(where: str, start: int) -> DatasetError:
     return DatasetError(f"{where}: no latent of the shape that its index says begins at byte {start}")
 
 
-def spans(starts: np.ndarray, length: int) -> list[tuple[int, int]]:
-    """(start, stop) of what to read ahead for rows that lie one after the other, gaps of SKIPPED_GAP left out."""
-    breaks = np.flatnonzero(np.diff(starts) - length > SKIPPED_GAP) + 1
-    firsts, lasts = np.concatenate([[0], breaks]), np.concatenate([breaks, [len(starts)]]) - 1
-    return list(zip(starts[firsts].tolist(), (starts[lasts] + length).tolist(), strict=True))
+def spans(starts: Sequence[int], length: int) -> list[tuple[int, int]]:
+    """(start, stop) of what to read ahead for rows of one length that lie one after the other: all, or each alone."""
+    first, stop = starts[0], starts[-1] + length
+    if stop - first <= len(starts) * (length + SKIPPED_GAP):
+        return [(first, stop)]
+    return [(start, start + length) for start in starts]
 
 
 class OpenFiles:

@@ -77,6 +77,7 @@ def test_each_row_once_per_epoch_over_all_ranks_workers_and_resumes(plan: BatchP
         assert dict(missing) == plan.dropped_per_epoch
 
 
+@settings(deadline=None)
 @given(plans(), st.data())
 def test_a_piece_lasts_until_it_is_finished(plan: BatchPlan, data: st.DataObject) -> None:
     """A rank that drops finished pieces never reads one twice, and holds what the settings allow."""
