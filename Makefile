@@ -6,10 +6,10 @@ READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow bench check format lock clean
+.PHONY: help env demo test test-slow bench bench-reader check format lock clean
 
 help: ## list the commands
-	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*?## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*?## ' $(MAKEFILE_LIST) | awk -F ':.*?## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 $(READY): pyproject.toml constraints.txt
 	@echo "creating $(VENV) (once: about two minutes and 2 GB)"
@@ -42,6 +42,9 @@ bench: $(READY) ## speed and memory on this machine, side by side (half an hour;
 	$(BIN)/python jobs/bench_encode.py
 	$(BIN)/python jobs/bench_memory.py
 	$(BIN)/python jobs/measure_precision.py
+
+bench-reader: $(READY) ## reading latents beside other libraries, from memory, disk and a store (docs/benchmarks.md)
+	$(BIN)/python jobs/bench_reader.py
 
 check: $(READY) ## lint, format, types, import contracts
 	$(BIN)/ruff check .

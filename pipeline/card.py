@@ -31,6 +31,7 @@ def dataset_card(manifest: Manifest) -> str:
     buckets = "\n".join(f"| {name} | {rows} |" for name, rows in manifest.buckets.items()) or "| none | 0 |"
     rejected = "\n".join(f"| {name} | {number} |" for name, number in manifest.rejections.items()) or "| none | 0 |"
     stored = "raw posterior mean" + (" and log variance" if identity.logvar else "")
+    stored += " (int8: (code / 8) - 8)" if identity.logvar == "int8" else ""
     channels = "\n".join(
         f"| {index} | {mean:.5f} | {std:.5f} |"
         for index, (mean, std) in enumerate(zip(manifest.latent_mean, manifest.latent_std, strict=True))

@@ -71,7 +71,13 @@ class RunIdentity(Document):
     decode_backends: tuple[str, ...]
     compute_dtype: DTypeName
     storage_dtype: DTypeName
-    logvar: bool
+    logvar: bool | Literal["int8"]
+    """Whether log variances are stored; "int8": in the code of logvar_code.py."""
+
+    @property
+    def logvar_dtype(self) -> str:
+        """Of the stored log variances, where there are some."""
+        return "int8" if self.logvar == "int8" else self.storage_dtype
 
     @property
     def fingerprint(self) -> str:

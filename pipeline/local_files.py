@@ -1,4 +1,5 @@
-"""Files on a local disk that appear whole or not at all, and leave nothing behind when their writer is killed.
+"""Files on a local disk that appear whole or not at all, and leave nothing behind when their writer is killed; and
+one that is read in many places without a copy between.
 
 On Linux the content goes into a file without a name (O_TMPFILE), which the kernel forgets with its writer; linking it
 to its name is what creates it, and fails if the name is taken. Where that is not to be had (another system, NFS), a
@@ -11,12 +12,54 @@ import os
 import shutil
 import time
 import uuid
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 STAGING = ".staging"
 ABANDONED_AFTER_SECONDS = 24 * 3600.0
 _BLOCK = 8 << 20
+
+
+class LocalFile:
+    """A file open for reading, closed when nobody has it any more. Any number of threads may read.
+
+    Not a memory map: a file that is cut, or a disk that fails, is an OSError here and the end of the process there.
+    """
+
+    __slots__ = ("__weakref__", "_descriptor")
+
+    def __init__(self, path: str) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def read_into(self, buffers: Sequence[bytearray | memoryview], size: int, offset: int) -> bool:
+        """Fill the buffers, `size` bytes in all, in turn from `offset` on; False if the file ends before."""
+        done = os.preadv(self._descriptor, buffers, offset)
+        while done < size:  # the end of the file, or a read that stopped early, as large ones may
+            rest = _after(buffers, done)
+            more = os.preadv(self._descriptor, rest, offset + done)
+            if more == 0:
+                return False
+            done += more
+        return True
+
+    def will_need(self, start: int, stop: int) -> None:
+        """Let the system read the bytes [start, stop) ahead in large reads, where it can."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
+
+
+def _after(buffers: Sequence[bytearray | memoryview], done: int) -> list[memoryview]:
+    """What of the buffers is left behind the first `done` bytes."""
+    rest = []
+    for buffer in buffers:
+        view = memoryview(buffer)[done:]
+        done = max(0, done - len(buffer))
+        if len(view):
+            rest.append(view)
+    return rest
 
 
 def create_file(target: Path, content: bytes | Path, staging: Path) -> bool:

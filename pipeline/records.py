@@ -202,3 +202,4 @@ class Latent:
     row: LatentRow
     mean_CTHW: torch.Tensor
     logvar_CTHW: torch.Tensor | None = None
+    """In the row's dtype, or int8 in the code of logvar_code.py."""

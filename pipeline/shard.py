@@ -31,6 +31,7 @@ from pipeline.errors import ClipError, DatasetError, RejectionClass, ShardError
 from pipeline.formats import FORMATS, ShardHeader, write_index
 from pipeline.formats.tensors import TORCH_DTYPES
 from pipeline.ledger import ClipAttempt, ClipLost, ShardLedger
+from pipeline.logvar_code import logvar_to_int8
 from pipeline.manifest import rows_per_bucket, rows_per_decoder
 from pipeline.policies import DecodePolicy, FormatName, ResizePolicy, WindowPolicy
 from pipeline.prefetch import prefetched
@@ -192,11 +193,13 @@ class ShardEncoder:
         if not ticket.attempt.valid:
             return
         mean = posterior.mean[0].to(self._storage_dtype)
-        logvar = posterior.logvar[0].to(self._storage_dtype) if self.job.identity.logvar else None
+        stored = self.job.identity.logvar
+        logvar = posterior.logvar[0].to(self._storage_dtype) if stored else None
         try:
             _require_finite(mean, "mean")
             if logvar is not None:
                 _require_finite(logvar, "logvar")
+                logvar = logvar_to_int8(posterior.logvar[0]) if stored == "int8" else logvar
         except ClipError as error:
             row = ticket.row
             ledger.reject_window(

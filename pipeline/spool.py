@@ -23,7 +23,7 @@ class _Place:
     row: LatentRow
     offset: int
     dtype: torch.dtype
-    has_logvar: bool
+    logvar_dtype: torch.dtype | None
 
 
 class LatentSpool:
@@ -42,7 +42,8 @@ class LatentSpool:
     def append(self, latent: Latent) -> None:
         """Write a latent's numbers; its tensors must be on the CPU."""
         offset = self._file.seek(0, 2)
-        self._places.append(_Place(latent.row, offset, latent.mean_CTHW.dtype, latent.logvar_CTHW is not None))
+        logvar_dtype = None if latent.logvar_CTHW is None else latent.logvar_CTHW.dtype
+        self._places.append(_Place(latent.row, offset, latent.mean_CTHW.dtype, logvar_dtype))
         for tensor in (latent.mean_CTHW, latent.logvar_CTHW):
             if tensor is not None:
                 self._file.write(tensor.contiguous().view(torch.uint8).numpy().data)
@@ -51,13 +52,13 @@ class LatentSpool:
         """The latents whose row is kept, one at a time, sorted by (bucket, key)."""
         for place in sorted((p for p in self._places if keep(p.row)), key=lambda p: p.row.sort_key):
             self._file.seek(place.offset)
-            mean = self._read(place)
-            logvar = self._read(place) if place.has_logvar else None
+            mean = self._read(place, place.dtype)
+            logvar = None if place.logvar_dtype is None else self._read(place, place.logvar_dtype)
             yield Latent(row=place.row, mean_CTHW=mean, logvar_CTHW=logvar)
 
-    def _read(self, place: _Place) -> Tensor:
+    def _read(self, place: _Place, dtype: torch.dtype) -> Tensor:
         shape = place.row.latent_shape
-        size = torch.Size(shape).numel() * place.dtype.itemsize
+        size = torch.Size(shape).numel() * dtype.itemsize
         data = bytearray(self._file.read(size))
         assert len(data) == size, "the spool is ours alone"
-        return torch.frombuffer(data, dtype=place.dtype).reshape(shape)
+        return torch.frombuffer(data, dtype=dtype).reshape(shape)

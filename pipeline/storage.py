@@ -24,7 +24,7 @@ from fsspec.asyn import sync
 from fsspec.core import url_to_fs
 
 from pipeline.errors import SourceChanged, StorageError
-from pipeline.local_files import STAGING, create_file, replace_file
+from pipeline.local_files import STAGING, LocalFile, create_file, replace_file
 from pipeline.store_errors import LIST_RIGHT, READ_RIGHT, S3_PROTOCOLS, S3_URLS, reading, redact, refused, writing
 
 LOCAL_PROTOCOLS = ("file", "local")
@@ -116,6 +116,11 @@ class Store:
                 return cast(bytes, self._fs.cat_file(self.path(name), start=start, end=stop))
             with open(self.path(name), "rb", buffering=0) as file:
                 return os.pread(file.fileno(), stop - start, start)
+
+    def open_local(self, name: str) -> LocalFile:
+        """An object of a local store, to read into memory that is there; FileNotFoundError if absent."""
+        with reading(self.full_url(name)):
+            return LocalFile(self.path(name))
 
     def open_seekable(self, name: str) -> BinaryIO:
         """A seekable file that reads ahead in large blocks; FileNotFoundError if absent."""

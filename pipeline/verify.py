@@ -20,7 +20,7 @@ from pipeline.dataset import MANIFEST, DatasetFolder, describe_file
 from pipeline.documents import Manifest, RunFile, ShardReceipt, StoredObject
 from pipeline.errors import DatasetError, PipelineError
 from pipeline.formats import FORMATS, IndexRow, read_index, read_payload
-from pipeline.formats.tensors import TORCH_DTYPES
+from pipeline.formats.tensors import STORED_DTYPES
 from pipeline.manifest import build_manifest, rows_per_bucket, rows_per_decoder
 from pipeline.recorded import recorded_shard
 from pipeline.records import Clip, Latent
@@ -246,12 +246,14 @@ def _latent_problems(run: RunFile, spec: VAESpec, latent: Latent) -> Iterator[st
     except ValueError as error:
         yield f"{row.key}: no latent of the VAE has its shape: {error}"
         return
-    tensors = [latent.mean_CTHW] + ([latent.logvar_CTHW] if latent.logvar_CTHW is not None else [])
-    if len(tensors) != 1 + run.identity.logvar:
+    tensors = [(latent.mean_CTHW, run.identity.storage_dtype)]
+    if latent.logvar_CTHW is not None:
+        tensors.append((latent.logvar_CTHW, run.identity.logvar_dtype))
+    if len(tensors) != 1 + bool(run.identity.logvar):
         yield f"{row.key}: logvar is {'missing' if run.identity.logvar else 'there but not expected'}"
-    for tensor in tensors:
-        if tuple(tensor.shape) != expected or tensor.dtype != TORCH_DTYPES[run.identity.storage_dtype]:
-            wanted = f"{expected} {run.identity.storage_dtype}"
+    for tensor, dtype in tensors:
+        if tuple(tensor.shape) != expected or tensor.dtype != STORED_DTYPES[dtype]:
+            wanted = f"{expected} {dtype}"
             yield f"{row.key}: expected {wanted}, got {tuple(tensor.shape)} {tensor.dtype}"
         if not bool(torch.isfinite(tensor).all()):
             yield f"{row.key}: holds NaN or Inf"

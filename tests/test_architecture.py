@@ -22,7 +22,7 @@ DOORS = {
     },
     "cv2": {"jobs/evaluation/motion.py"},
     "decord": {"pipeline/decode/decord_backend.py"},
-    "webdataset": {"pipeline/formats/webdataset_format.py", "jobs/v2d_shards.py"},
+    "webdataset": {"pipeline/formats/webdataset_format.py", "jobs/v2d_shards.py", "jobs/rival_readers.py"},
     "yaml": {"jobs/config.py"},
     "diffusers": {"cvvae/diffusers_vae.py"},
     "typer": {f"jobs/{path.name}" for path in (PROJECT / "jobs").glob("*.py")},

@@ -26,7 +26,7 @@ from pipeline.formats.index import (
 )
 from pipeline.formats.parquet_blobs import blob_offsets
 from pipeline.formats.parquet_format import SHARD_SCHEMA, ParquetFormat
-from pipeline.formats.tensors import TORCH_DTYPES, read_payload
+from pipeline.formats.tensors import STORED_DTYPES, TORCH_DTYPES, read_payload
 from pipeline.formats.webdataset_format import WebDatasetFormat
 from pipeline.policies import FormatName
 
@@ -40,6 +40,7 @@ __all__ = [
     "HEADER_KEY",
     "INDEX_SCHEMA",
     "SHARD_SCHEMA",
+    "STORED_DTYPES",
     "TORCH_DTYPES",
     "IndexInfo",
     "IndexRow",

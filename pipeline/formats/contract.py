@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+import torch
 from torch import Tensor
 
 from pipeline.errors import DatasetError
@@ -71,19 +72,21 @@ class Demands:
 
     def __init__(self, header: ShardHeader) -> None:
         self._header = header
-        self._previous: LatentRow | None = None
+        self._previous: tuple[LatentRow, tuple[object, ...]] | None = None
 
     def problem(self, latent: Latent) -> str | None:
-        row, previous = latent.row, self._previous
-        self._previous = row
+        row, before = latent.row, self._previous
+        kind = row.latent_dtype, row.has_logvar, latent.logvar_CTHW is not None and latent.logvar_CTHW.dtype
+        self._previous = row, kind
         found = key_problem(row.key) or tensor_problem(latent)
         if found is not None:
             return f"{row.key!r}: {found}"
         if row.shard_id != self._header.shard_id:
             return f"{row.key!r}: belongs to shard {row.shard_id!r}, the header says {self._header.shard_id!r}"
-        if previous is None:
+        if before is None:
             return None
-        if (row.latent_dtype, row.has_logvar) != (previous.latent_dtype, previous.has_logvar):
+        previous, kind_before = before
+        if kind != kind_before:
             return f"{row.key!r}: dtype or logvar differs from {previous.key!r}: one shard stores one kind"
         if row.sort_key <= previous.sort_key:
             return f"expected strictly increasing (bucket, key), got {row.sort_key} after {previous.sort_key}"
@@ -116,12 +119,14 @@ def tensor_problem(latent: Latent) -> str | None:
     if (latent.logvar_CTHW is not None) != row.has_logvar:
         return f"has_logvar is {row.has_logvar}, but logvar is {'there' if not row.has_logvar else 'missing'}"
     tensors: dict[str, Tensor | None] = {"latent": latent.mean_CTHW, "logvar": latent.logvar_CTHW}
+    is_coded = latent.logvar_CTHW is not None and latent.logvar_CTHW.dtype == torch.int8
+    dtypes = {"latent": row.latent_dtype, "logvar": "int8" if is_coded else row.latent_dtype}
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        if tuple(tensor.shape) != row.latent_shape or dtype_name(tensor.dtype) != row.latent_dtype:
+        if tuple(tensor.shape) != row.latent_shape or dtype_name(tensor.dtype) != dtypes[name]:
             return (
-                f"{name}: expected {row.latent_dtype} {list(row.latent_shape)}, "
+                f"{name}: expected {dtypes[name]} {list(row.latent_shape)}, "
                 f"got {dtype_name(tensor.dtype)} {list(tensor.shape)}"
             )
     return None

@@ -27,7 +27,7 @@ from pipeline.formats.arrow_columns import (
 from pipeline.formats.contract import IndexRow, PayloadPlace, accepted, tensor_problem, verified
 from pipeline.formats.fields import fields_of, row_from
 from pipeline.formats.header import HEADER_KEY, ShardHeader, name_of
-from pipeline.formats.tensors import raw_bytes, tensor_from_raw
+from pipeline.formats.tensors import dtype_name, raw_bytes, tensor_from_raw
 from pipeline.records import Latent, LatentRow
 
 ROW_GROUP_BYTES = 64 << 20
@@ -116,7 +116,7 @@ def _columns(latent: Latent) -> dict[str, Any]:
     columns = fields_of(latent.row)
     columns["vae_latent_bytes"] = raw_bytes(latent.mean_CTHW)
     if latent.logvar_CTHW is not None:
-        columns["vae_logvar_dtype"] = columns["vae_latent_dtype"]
+        columns["vae_logvar_dtype"] = dtype_name(latent.logvar_CTHW.dtype)
         columns["vae_logvar_shape"] = columns["vae_latent_shape"]
         columns["vae_logvar_bytes"] = raw_bytes(latent.logvar_CTHW)
     return columns
@@ -138,15 +138,17 @@ def _latent(row: LatentRow, columns: dict[str, Any], where: str) -> Latent:
     data, logvar = columns["vae_latent_bytes"], columns["vae_logvar_bytes"]
     if data is None:
         raise DatasetError(f"{where}: vae_latent_bytes is null")
-    stored = (columns["vae_logvar_dtype"], columns["vae_logvar_shape"])
-    if row.has_logvar and stored != (row.latent_dtype, list(row.latent_shape)):
-        raise DatasetError(f"{where}: logvar: expected {(row.latent_dtype, list(row.latent_shape))}, got {stored}")
+    dtype, shape = columns["vae_logvar_dtype"], columns["vae_logvar_shape"]
+    if row.has_logvar and (dtype not in (row.latent_dtype, "int8") or shape != list(row.latent_shape)):
+        raise DatasetError(
+            f"{where}: logvar: expected {row.latent_dtype} or int8 {list(row.latent_shape)}, got {dtype} {shape}"
+        )
     return Latent(
         row=row,
         mean_CTHW=tensor_from_raw(data, row.latent_dtype, row.latent_shape, f"{where}: vae_latent_bytes"),
         logvar_CTHW=None
         if logvar is None
-        else tensor_from_raw(logvar, row.latent_dtype, row.latent_shape, f"{where}: vae_logvar_bytes"),
+        else tensor_from_raw(logvar, dtype or row.latent_dtype, row.latent_shape, f"{where}: vae_logvar_bytes"),
     )
 
 

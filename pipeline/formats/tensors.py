@@ -28,9 +28,11 @@ TORCH_DTYPES: dict[DTypeName, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+STORED_DTYPES: dict[str, torch.dtype] = {**TORCH_DTYPES, "int8": torch.int8}
+"""Of the numbers in a shard: int8 is for log variances alone."""
 # numpy evaluates the header as a Python literal, and once more through tokenize for Python 2's sake
 _BAD_NPY_HEADER = (ValueError, TypeError, SyntaxError, EOFError, RecursionError, MemoryError, tokenize.TokenError)
-_NPY_DTYPES = {np.dtype("<f2"): torch.float16, np.dtype("<f4"): torch.float32}
+_NPY_DTYPES = {np.dtype("<f2"): torch.float16, np.dtype("<f4"): torch.float32, np.dtype("i1"): torch.int8}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -57,7 +59,7 @@ def tensor_file(tensor: Tensor, name: str) -> bytes:
 def read_payload(data: bytes, where: str = "payload") -> Tensor:
     """The tensor of an npy or safetensors file: what one range read at an index's offset and length gives.
 
-    DatasetError if it is anything but one float16, float32 or bfloat16 tensor that fills the bytes exactly.
+    DatasetError if it is anything but one float16, float32, bfloat16 or int8 tensor that fills the bytes exactly.
     """
     if data[: len(npy.MAGIC_PREFIX)] == npy.MAGIC_PREFIX:
         return _read_npy(data, where)
@@ -75,7 +77,7 @@ def _read_npy(data: bytes, where: str) -> Tensor:
         raise DatasetError(f"{where}: npy header: {error}") from error
     if dtype not in _NPY_DTYPES or fortran_order:
         order = "Fortran" if fortran_order else "C"
-        raise DatasetError(f"{where}: expected dtype <f2 or <f4 in C order, got {dtype.str} in {order} order")
+        raise DatasetError(f"{where}: expected dtype <f2, <f4 or |i1 in C order, got {dtype.str} in {order} order")
     return _tensor(memoryview(data)[file.tell() :], _NPY_DTYPES[dtype], shape, where)
 
 
@@ -100,10 +102,10 @@ def raw_bytes(tensor: Tensor) -> bytes:
 
 def tensor_from_raw(data: bytes, dtype: str, shape: Sequence[int], where: str = "payload") -> Tensor:
     """Inverse of `raw_bytes`; DatasetError if the bytes are not what dtype and shape need."""
-    for name, torch_dtype in TORCH_DTYPES.items():
+    for name, torch_dtype in STORED_DTYPES.items():
         if name == dtype:
             return _tensor(memoryview(data), torch_dtype, shape, where)
-    raise DatasetError(f"{where}: expected one of {sorted(TORCH_DTYPES)}, got {dtype}")
+    raise DatasetError(f"{where}: expected one of {sorted(STORED_DTYPES)}, got {dtype}")
 
 
 def _tensor(data: memoryview, dtype: torch.dtype, shape: Sequence[int], where: str) -> Tensor:

@@ -24,7 +24,7 @@ from pipeline.errors import DatasetError
 from pipeline.formats.contract import IndexRow, PayloadPlace, accepted, tensor_problem, verified
 from pipeline.formats.fields import fields_of, row_from
 from pipeline.formats.header import HEADER_KEY, ShardHeader, canonical_line, name_of
-from pipeline.formats.tensors import file_suffix, read_payload, tensor_file
+from pipeline.formats.tensors import dtype_name, file_suffix, read_payload, tensor_file
 from pipeline.records import Latent
 
 EMPTY_MEMBER = "__empty__"
@@ -98,6 +98,7 @@ def _write_sample(writer: TarWriter, latent: Latent) -> PayloadPlace:
     _write_file(writer, row.key, "json", canonical_line(fields_of(row)).encode("ascii"))
     mean = _write_file(writer, row.key, f"latent.{suffix}", tensor_file(latent.mean_CTHW, "latent"))
     if latent.logvar_CTHW is not None:
+        suffix = file_suffix(dtype_name(latent.logvar_CTHW.dtype))
         logvar = _write_file(writer, row.key, f"logvar.{suffix}", tensor_file(latent.logvar_CTHW, "logvar"))
     _write_file(writer, row.key, "txt", row.caption.encode("utf-8"))
     _forget_members(writer.tarstream)
@@ -186,7 +187,8 @@ def _latent(key: str, files: dict[str, bytes], where: str) -> Latent:
         raise DatasetError(f"{where}: no {key}.json")
     row = row_from(_parse_json(files["json"], f"{where}.json"), f"{where}.json")
     suffix = file_suffix(row.latent_dtype)
-    latent_file, logvar_file = f"latent.{suffix}", f"logvar.{suffix}"
+    latent_file = f"latent.{suffix}"
+    logvar_file = "logvar.npy" if "logvar.npy" in files else f"logvar.{suffix}"  # int8 is npy beside bfloat16, too
     expected = {"json", "txt", latent_file} | ({logvar_file} if row.has_logvar else set())
     if files.keys() != expected:
         raise DatasetError(f"{where}: expected files {sorted(expected)}, got {sorted(files)}")

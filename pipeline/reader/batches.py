@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from threading import Lock
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.errors import DatasetError, StorageError
 from pipeline.reader.catalog import Catalog, video_shape
-from pipeline.reader.latent_batch import (
-    LatentBatch,
-    Reading,
-    as_float32,
-    finished_latents,
-    fraction_of,
-    noise,
-)
+from pipeline.reader.latent_batch import LatentBatch, LatentMaker, Reading, fraction_of
 from pipeline.reader.pieces import LoadedPiece, PieceReader
 from pipeline.reader.plan import BatchPlan, EpochPlan, Piece, Share, seed_of
 
@@ -33,6 +28,27 @@ _FRAME_COLUMNS = ("frame_times", "frame_indices")
 
 log = logging.getLogger(__name__)
 _Row = tuple[LoadedPiece, int]
+
+
+class _Awaited:
+    """A piece under way, or one that whoever wants it first will load."""
+
+    __slots__ = ("_get", "_loaded")
+
+    def __init__(self, get: Callable[[], LoadedPiece]) -> None:
+        self._get = get
+        self._loaded: LoadedPiece | Exception | None = None
+
+    def result(self) -> LoadedPiece:
+        """The piece, or the error that its loading ended with, each time."""
+        if self._loaded is None:
+            try:
+                self._loaded = self._get()
+            except UNREADABLE as error:
+                self._loaded = error
+        if isinstance(self._loaded, Exception):
+            raise self._loaded
+        return self._loaded
 
 
 class BatchReader:
@@ -51,25 +67,25 @@ class BatchReader:
     ) -> None:
         self._catalog, self._plan, self._pieces, self._reading = catalog, plan, pieces, reading
         self._lanes, self._on_corrupt, self._threads = lanes, on_corrupt, threads
-        self._factors = catalog.factors()
-        self._held: dict[Piece, Future[LoadedPiece]] = {}
-        self._in_lane: dict[tuple[int, int, int], Piece] = {}
+        self._maker = LatentMaker(catalog.dtype, catalog.logvar_dtype, catalog.factors(), reading)
+        self._held: dict[Piece, _Awaited] = {}
+        self._in_lane: dict[tuple[int, int], tuple[Piece, ...]] = {}
         self._last_epoch = -1
         self._bad_shards: set[int] = set()
+        self._telling = Lock()
         self._epoch: EpochPlan | None = None
 
     def batches(self, numbers: Iterable[int]) -> Iterator[LatentBatch]:
-        """The batches of these numbers, which rise; as many as READ_AHEAD_BATCHES are read ahead."""
+        """The batches of these numbers, which rise; READ_AHEAD_BATCHES beyond the next are made ahead, by threads."""
         pool = ThreadPoolExecutor(self._threads, thread_name_prefix="latents")
-        ahead: deque[tuple[int, int, Share]] = deque()
+        ahead: deque[tuple[int, Share, Future[LatentBatch]]] = deque()
         try:
             for number in numbers:
                 epoch, step = self._plan.position(number)
                 share = self._epoch_plan(epoch).share(step, self._lanes)
-                for piece in dict.fromkeys(share.pieces):
-                    if piece not in self._held:
-                        self._held[piece] = pool.submit(self._pieces.load, piece, self._bucket(share))
-                ahead.append((number, epoch, share))
+                # pieces first: the pool takes what it is given in turn, so no thread waits for a piece that has none
+                pieces = [self._piece(pool, piece, share) for piece in share.pieces]
+                ahead.append((epoch, share, pool.submit(self._batch, number, epoch, share, pieces)))
                 if len(ahead) > READ_AHEAD_BATCHES:
                     yield self._next(ahead)
             while ahead:
@@ -77,6 +93,13 @@ class BatchReader:
         finally:
             self._held.clear()
             pool.shutdown(wait=True, cancel_futures=True)
+
+    def _piece(self, pool: ThreadPoolExecutor, piece: Piece, share: Share) -> _Awaited:
+        held = self._held.get(piece)
+        if held is None:
+            load = partial(self._pieces.load, piece, self._bucket(share))
+            held = self._held[piece] = _Awaited(pool.submit(load).result if self._pieces.fetches else load)
+        return held
 
     def _epoch_plan(self, epoch: int) -> EpochPlan:
         if self._epoch is None or self._epoch.epoch != epoch:
@@ -86,10 +109,9 @@ class BatchReader:
     def _bucket(self, share: Share) -> str:
         return self._plan.buckets[share.bucket].name
 
-    def _next(self, ahead: deque[tuple[int, int, Share]]) -> LatentBatch:
-        number, epoch, share = ahead.popleft()
-        rows = [self._row(piece, row - piece.first) for piece, row in zip(share.pieces, share.rows, strict=True)]
-        batch = self._batch(number, epoch, share, rows)
+    def _next(self, ahead: deque[tuple[int, Share, Future[LatentBatch]]]) -> LatentBatch:
+        epoch, share, future = ahead.popleft()
+        batch = future.result()
         self._let_go(epoch, share)
         return batch
 
@@ -99,10 +121,10 @@ class BatchReader:
         Where the number of workers does not divide the streams, another worker may get the last row of a piece.
         """
         if share.stream is not None:
-            for lane, piece in enumerate(share.pieces):
-                left = self._in_lane.get((share.bucket, share.stream, lane))
-                self._in_lane[share.bucket, share.stream, lane] = piece
-                if left is not None and left != piece:
+            before = self._in_lane.get((share.bucket, share.stream), ())
+            self._in_lane[share.bucket, share.stream] = share.pieces
+            for left, piece in zip(before, share.pieces, strict=False):
+                if left is not piece and left != piece:
                     self._held.pop(left, None)
         for piece in share.finished:
             self._held.pop(piece, None)
@@ -113,10 +135,10 @@ class BatchReader:
 
     # --- rows that cannot be read ----------------------------------------------------------------------------------
 
-    def _row(self, piece: Piece, row: int) -> _Row | None:
-        """None for a row that cannot be read, if those are skipped."""
+    def _loaded(self, piece: Piece, awaited: _Awaited) -> LoadedPiece | None:
+        """None for a piece that cannot be read, if those are skipped."""
         try:
-            return self._held[piece].result(), row
+            return awaited.result()
         except UNREADABLE as error:
             if self._on_corrupt == "raise":
                 raise
@@ -125,12 +147,32 @@ class BatchReader:
 
     def _tell(self, piece: Piece, error: Exception) -> None:
         """Once for a shard: its other pieces will fail, too, or be read."""
-        if piece.shard not in self._bad_shards:
+        with self._telling:
+            if piece.shard in self._bad_shards:
+                return
             self._bad_shards.add(piece.shard)
-            shard = self._catalog.manifest.shards[piece.shard]
-            log.warning("shard %s: rows %d to %d are skipped: %s", shard.id, piece.first, piece.stop, error)
+        shard = self._catalog.manifest.shards[piece.shard]
+        log.warning("shard %s: rows %d to %d are skipped: %s", shard.id, piece.first, piece.stop, error)
 
-    def _replacements(self, number: int, share: Share, rows: list[_Row | None]) -> Iterator[_Row]:
+    def _try(self, found: _Row, share: Share) -> None:
+        """Read a row's numbers for nothing but the error there may be."""
+        piece, row = found
+        size, catalog = math.prod(self._catalog.latent_shape(self._bucket(share))), self._catalog
+        for column, dtype in ((piece.mean, catalog.dtype), (piece.logvar, catalog.logvar_dtype)):
+            if column is not None:
+                column.copy(row, memoryview(bytearray(size * dtype.itemsize)))
+
+    def _without_bad(self, share: Share, rows: Sequence[_Row | None]) -> Iterator[_Row | None]:
+        for piece, row in zip(share.pieces, rows, strict=True):
+            try:
+                if row is not None:
+                    self._try(row, share)
+                yield row
+            except UNREADABLE as error:
+                self._tell(piece, error)
+                yield None
+
+    def _replacements(self, number: int, share: Share, rows: Sequence[_Row | None]) -> Iterator[_Row]:
         """The rows of the share that can be read, again and again; else of the bucket's next batches."""
         good = [row for row in rows if row is not None] or [self._stand_in(number, share)]
         while True:
@@ -145,53 +187,62 @@ class BatchReader:
             candidate = plan.share(other, self._lanes)
             for piece, row in zip(candidate.pieces, candidate.rows, strict=True):
                 try:
-                    return self._pieces.load(piece, self._bucket(share)), row - piece.first
+                    found = self._pieces.load(piece, self._bucket(share)), row - piece.first
+                    self._try(found, share)
+                    return found
                 except UNREADABLE as error:
                     self._tell(piece, error)
         raise DatasetError(f"{self._catalog.url}: bucket {self._bucket(share)}: not one row of it can be read")
 
     # --- putting together ------------------------------------------------------------------------------------------
 
-    def _batch(self, number: int, epoch: int, share: Share, found: list[_Row | None]) -> LatentBatch:
-        spare = self._replacements(number, share, found)
-        rows = [next(spare) if row is None else row for row in found]
-        is_padding = [padding or row is None for padding, row in zip(share.is_padding, found, strict=True)]
-        bucket, names = self._bucket(share), self._reading.columns
+    def _batch(self, number: int, epoch: int, share: Share, pieces: Sequence[_Awaited]) -> LatentBatch:
+        loaded = [self._loaded(piece, awaited) for piece, awaited in zip(share.pieces, pieces, strict=True)]
+        rows = [
+            None if piece is None else (piece, row - at.first)
+            for piece, row, at in zip(loaded, share.rows, share.pieces, strict=True)
+        ]
+        try:
+            return self._made(number, epoch, share, rows)
+        except UNREADABLE:
+            if self._on_corrupt == "raise":
+                raise
+        return self._made(number, epoch, share, list(self._without_bad(share, rows)))
+
+    def _made(self, number: int, epoch: int, share: Share, found: Sequence[_Row | None]) -> LatentBatch:
+        num_unreadable = found.count(None)
+        rows, is_padding = [row for row in found if row is not None], share.is_padding
+        if num_unreadable:
+            spare = self._replacements(number, share, found)
+            rows = [next(spare) if row is None else row for row in found]
+            is_padding = [padding or row is None for padding, row in zip(is_padding, found, strict=True)]
+        keys = [piece.columns["id"][row] for piece, row in rows]
         seed = self._plan.settings.seed
-        fields = [piece.fields(row, ("id", "caption", *names)) for piece, row in rows]
-        parts = [(seed, epoch, piece.shard_id, one[0]) for (piece, _), one in zip(rows, fields, strict=True)]
-        latents = self._latents(bucket, rows, parts)
-        columns = {name: [one[2 + at] for one in fields] for at, name in enumerate(names)}
-        latents, columns = self._sub_windows(bucket, latents, columns, parts)
+        parts = [(seed, epoch, piece.shard_id, key) for (piece, _), key in zip(rows, keys, strict=True)]
+        captions = [piece.columns["caption"][row] for piece, row in rows]
         dropout = self._reading.caption_dropout
+        if dropout > 0:
+            captions = [
+                "" if fraction_of("caption", *part) < dropout else caption
+                for part, caption in zip(parts, captions, strict=True)
+            ]
+        bucket = self._bucket(share)
+        stored = [(piece.mean, piece.logvar, row) for piece, row in rows]
+        latents = self._maker.batch(self._catalog.latent_shape(bucket), stored, parts)
+        columns = {name: [piece.columns[name][row] for piece, row in rows] for name in self._reading.columns}
+        latents, columns = self._sub_windows(bucket, latents, columns, parts)
         return LatentBatch(
             latents_BCTHW=latents,
-            captions=[
-                "" if fraction_of("caption", *part) < dropout else one[1]
-                for part, one in zip(parts, fields, strict=True)
-            ],
-            keys=[one[0] for one in fields],
+            captions=captions,
+            keys=keys,
             shard_ids=[piece.shard_id for piece, _ in rows],
             bucket=bucket,
             columns=columns,
             is_padding_B=torch.tensor(is_padding),
-            num_unreadable=sum(row is None for row in found),
+            num_unreadable=num_unreadable,
             epoch=epoch,
             number=number,
         )
-
-    def _latents(self, bucket: str, rows: list[_Row], parts: Sequence[tuple[object, ...]]) -> Tensor:
-        shape, dtype = self._catalog.latent_shape(bucket), self._catalog.dtype
-        means = np.stack([piece.mean.of(row) for piece, row in rows])
-        reading = self._reading
-        if reading.sample == "mean" and reading.latents == "raw" and reading.dtype == dtype:
-            return torch.from_numpy(means).view(dtype).reshape(len(rows), *shape)
-        mean_BCTHW = as_float32(means, dtype, shape)
-        if reading.sample == "mean":
-            return finished_latents(mean_BCTHW, None, None, self._factors, reading)
-        logvars = np.stack([piece.logvar.of(row) for piece, row in rows if piece.logvar is not None])
-        noise_BCTHW = np.stack([noise(shape, *part) for part in parts])
-        return finished_latents(mean_BCTHW, as_float32(logvars, dtype, shape), noise_BCTHW, self._factors, reading)
 
     def _sub_windows(
         self, bucket: str, latents: Tensor, columns: dict[str, list], parts: Sequence[tuple[object, ...]]

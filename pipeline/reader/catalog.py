@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -16,7 +17,7 @@ from cvvae import VAESpec, spec_from_dict
 from pipeline.dataset import MANIFEST, DatasetFolder
 from pipeline.documents import Manifest
 from pipeline.errors import DatasetError
-from pipeline.formats import TORCH_DTYPES
+from pipeline.formats import STORED_DTYPES, TORCH_DTYPES
 from pipeline.manifest import build_manifest
 from pipeline.reader.plan import STREAMS, BatchPlan, BucketRows, OrderSettings
 from pipeline.storage import Store
@@ -63,8 +64,13 @@ class Catalog:
         return TORCH_DTYPES[self.manifest.identity.storage_dtype]
 
     @property
+    def logvar_dtype(self) -> torch.dtype:
+        """Of the stored log variances: int8 where they are coded."""
+        return STORED_DTYPES[self.manifest.identity.logvar_dtype]
+
+    @property
     def has_logvar(self) -> bool:
-        return self.manifest.identity.logvar
+        return bool(self.manifest.identity.logvar)
 
     def factors(self) -> tuple[np.ndarray, np.ndarray]:
         """Shift and scale of the VAE's latents, float32 (C or 1, 1, 1, 1): z = (mean - shift) * scale."""
@@ -98,8 +104,11 @@ class Catalog:
         return tuple(self._bucket(name, np.asarray(runs[name], np.int64)) for name in chosen)
 
     def _bucket(self, name: str, runs: np.ndarray) -> BucketRows:
-        numbers = int(np.prod(self.latent_shape(name))) * self.dtype.itemsize * (1 + self.has_logvar)
-        return BucketRows(name=name, row_bytes=numbers, shard=runs[:, 0], first=runs[:, 1], rows=runs[:, 2])
+        itemsize = self.dtype.itemsize + (self.logvar_dtype.itemsize if self.has_logvar else 0)
+        numbers = int(np.prod(self.latent_shape(name)))
+        return BucketRows(
+            name=name, row_bytes=numbers * itemsize, shard=runs[:, 0], first=runs[:, 1], rows=runs[:, 2]
+        )
 
     def order_of(self, plan: BatchPlan) -> str:
         """A short digest of all that decides which rows a numbered batch has."""
@@ -128,6 +137,7 @@ def _manifest(folder: DatasetFolder, unfinished: bool) -> Manifest:
         return build_manifest(run, folder.receipts(ids), ())
 
 
+@functools.cache
 def video_shape(bucket: str) -> tuple[int, int, int]:
     """(T, H, W) in frames and pixels of a bucket's name."""
     match = _BUCKET.fullmatch(bucket)

@@ -6,6 +6,8 @@ fresh in every epoch, the same in every run, whoever computes it.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -14,7 +16,14 @@ import torch
 from torch import Tensor
 
 from cvvae import VAESpec
+from pipeline.logvar_code import logvar_from_int8
 from pipeline.reader.plan import seed_of
+from pipeline.reader.row_bytes import RowBytes
+
+_SERIAL = (1 << 15) - 1
+"""Numbers that torch works on without starting threads: its grain size is 2 ** 15."""
+_GROUP = 1 << 18
+"""Numbers of a group of rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,33 +138,97 @@ def noise(shape: tuple[int, ...], *parts: object) -> np.ndarray:
     return generator.standard_normal(shape, dtype=np.float32)
 
 
-def as_float32(bytes_BN: np.ndarray, dtype: torch.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    """Stored numbers of some rows, uint8 (B, bytes of a row), as float32 (B, *shape): exact."""
-    if dtype == torch.bfloat16:  # the upper half of a float32
-        numbers = (bytes_BN.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    else:
-        numbers = bytes_BN.view(np.float16 if dtype == torch.float16 else np.float32).astype(np.float32, copy=False)
-    return numbers.reshape(len(bytes_BN), *shape)
-
-
-def finished_latents(
-    mean_BCTHW: np.ndarray,
-    logvar_BCTHW: np.ndarray | None,
-    noise_BCTHW: np.ndarray | None,
-    factors: tuple[np.ndarray, np.ndarray],
-    reading: Reading,
-) -> Tensor:
+class LatentMaker:
     """Stored numbers to what a trainer takes, computed in float32: sampled first, then shifted and scaled.
 
     For z' = (z - shift) * scale that is a sample of the normalized posterior, whose logvar is logvar + 2 log|scale|.
-    Takes over `mean_BCTHW`. numpy, because it stays on the caller's thread: torch's threads would take the cores of
-    the training step.
+    Works through a batch in groups of rows that stay in the processor's cache from one step to the next, and in parts
+    so small that torch stays on the caller's thread: its others belong to the training step.
     """
-    latents = mean_BCTHW
-    if logvar_BCTHW is not None and noise_BCTHW is not None:
-        latents += np.exp(0.5 * logvar_BCTHW) * noise_BCTHW
-    if reading.latents == "normalized":
-        shift, scale = factors
-        latents -= shift
-        latents *= scale
-    return torch.from_numpy(latents).to(reading.dtype)
+
+    def __init__(
+        self, stored: torch.dtype, logvar: torch.dtype, factors: tuple[np.ndarray, np.ndarray], reading: Reading
+    ) -> None:
+        """`stored` and `logvar` are the dtypes on disk, int8 for coded log variances.
+
+        `factors` are shift and scale, float32 (C or 1, 1, 1, 1).
+        """
+        self._stored, self._logvar, self._reading = stored, logvar, reading
+        shift, scale = (torch.from_numpy(factor.reshape(-1, 1)) for factor in factors)
+        normalized = reading.latents == "normalized"
+        self._shift = shift if normalized and bool((shift != 0).any()) else None
+        self._scale = scale if normalized and bool((scale != 1).any()) else None
+        plain = reading.sample == "mean" and self._shift is None and self._scale is None
+        self._as_stored = plain and reading.dtype == stored
+
+    def batch(
+        self,
+        shape: tuple[int, ...],
+        rows: Sequence[tuple[RowBytes, RowBytes | None, int]],
+        seeds: Sequence[tuple[object, ...]],
+    ) -> Tensor:
+        """(B, *shape) from mean, log variance and number of each row; `seeds` decide the noise of each."""
+        latents_BN = torch.empty(len(rows), math.prod(shape), dtype=self._reading.dtype)
+        if self._as_stored:
+            for out, (mean, _, row) in zip(_row_memory(latents_BN), rows, strict=True):
+                mean.copy(row, out)
+            return latents_BN.view(len(rows), *shape)
+        group = max(1, _GROUP // latents_BN.shape[1])
+        stored_BN = torch.empty(min(group, len(rows)), latents_BN.shape[1], dtype=self._stored)
+        for first in range(0, len(rows), group):
+            part = slice(first, first + group)
+            self._group(shape, rows[part], seeds[part], stored_BN, latents_BN[part])
+        return latents_BN.view(len(rows), *shape)
+
+    def _group(
+        self,
+        shape: tuple[int, ...],
+        rows: Sequence[tuple[RowBytes, RowBytes | None, int]],
+        seeds: Sequence[tuple[object, ...]],
+        stored_BN: Tensor,
+        latents_BN: Tensor,
+    ) -> None:
+        """Some rows of a batch; `stored_BN` is for what is read."""
+        stored_BN, memory = stored_BN[: len(rows)], _row_memory(stored_BN)
+        for out, (mean, _, row) in zip(memory, rows, strict=False):
+            mean.copy(row, out)
+        is_float32 = latents_BN.dtype == torch.float32
+        numbers_BN = latents_BN if is_float32 else torch.empty(latents_BN.shape)
+        for part, source in zip(_parts(numbers_BN, shape[0]), _parts(stored_BN, shape[0]), strict=True):
+            part.copy_(source)
+        if self._reading.sample == "sample":
+            logvar_BN = torch.empty(stored_BN.shape, dtype=self._logvar)
+            for out, (_, logvar, row) in zip(_row_memory(logvar_BN), rows, strict=True):
+                assert logvar is not None, "asked of the dataset when it was opened"
+                logvar.copy(row, out)
+            _add_noise(numbers_BN, logvar_BN, shape, seeds)
+        for part in _parts(numbers_BN, shape[0]):
+            if self._shift is not None:
+                part.sub_(self._shift)
+            if self._scale is not None:
+                part.mul_(self._scale)
+        if not is_float32:
+            for part, source in zip(_parts(latents_BN, shape[0]), _parts(numbers_BN, shape[0]), strict=True):
+                part.copy_(source)
+
+
+def _add_noise(
+    numbers_BN: Tensor, logvar_BN: Tensor, shape: tuple[int, ...], seeds: Sequence[tuple[object, ...]]
+) -> None:
+    half_BN = torch.empty(logvar_BN.shape)
+    for part, source in zip(_parts(half_BN, shape[0]), _parts(logvar_BN, shape[0]), strict=True):
+        part.copy_(logvar_from_int8(source) if source.dtype == torch.int8 else source).mul_(0.5)
+    for number_N, half_N, seed in zip(numbers_BN.numpy(), half_BN.numpy(), seeds, strict=True):
+        number_N += np.exp(half_N) * noise(shape, *seed).reshape(-1)
+
+
+def _row_memory(tensor_BN: Tensor) -> list[memoryview]:
+    """The bytes of each row, to write into."""
+    rows = tensor_BN.view(torch.uint8).numpy()
+    return [memoryview(row) for row in rows]  # type: ignore[arg-type] - an array is a buffer
+
+
+def _parts(tensor_BN: Tensor, channels: int) -> list[Tensor]:
+    """All of the rows in views (C, n) so small that torch works on each without starting threads."""
+    split = tensor_BN.view(len(tensor_BN), channels, -1).split(max(1, _SERIAL // channels), dim=2)
+    return [part for parts_BCN in split for part in parts_BCN.unbind()]

@@ -1,7 +1,9 @@
-"""Pieces of shards as numbers: the reads behind a batch, for both formats, from a store or through the cache.
+"""Pieces of shards: the reads behind a batch, for both formats, from a disk, a store or through the cache.
 
 A piece is one range of a WebDataset tar, or one of each payload column of a Parquet shard. Where it is says the
-shard's index (and for Parquet the page headers); those of the shards used last are kept in memory.
+shard's index (and for Parquet the page headers); those of the shards used last are kept in memory. From a store a
+piece is fetched whole. Of a local file the system is told to read it ahead, and its rows are copied when they are
+wanted: the piece is then in the system's page cache and nowhere else.
 """
 
 from __future__ import annotations
@@ -10,13 +12,15 @@ import hashlib
 import io
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from torch import Tensor
 
 from pipeline.dataset import describe_stored, index_name, shard_name
@@ -25,10 +29,13 @@ from pipeline.formats import FORMATS, blob_offsets, read_index_columns, read_pay
 from pipeline.reader.cache import RangeCache
 from pipeline.reader.catalog import Catalog
 from pipeline.reader.plan import Piece
+from pipeline.reader.row_bytes import FetchedBytes, FileBytes, OpenFiles, RowBytes, spans
 from pipeline.storage import Store
 
 INDEX_BYTES = 256 << 20
 """Of indexes in memory, per process."""
+LENGTH_BYTES = 4
+"""Of a value in a Parquet page, before its bytes."""
 NEEDED_COLUMNS = ("id", "bucket", "caption")
 _MEAN, _LOGVAR = ("latent_offset", "latent_length"), ("logvar_offset", "logvar_length")
 
@@ -39,12 +46,17 @@ class _Column:
 
     offset: np.ndarray
     length: np.ndarray
+    dtype: torch.dtype
+    prefixes: dict[str, tuple[bytes, int]] = field(default_factory=dict)
+    """Of each bucket, what stands before a row's numbers, and how many bytes those are."""
 
 
 @dataclass(frozen=True, slots=True)
 class _ShardRows:
     """What is kept of a shard's index."""
 
+    where: str
+    """The shard's URL."""
     table: pa.Table
     mean: _Column
     logvar: _Column | None
@@ -56,30 +68,14 @@ class _ShardRows:
 
 
 @dataclass(frozen=True, slots=True)
-class _Numbers:
-    """The bare numbers of a piece's rows: `length` bytes at each of `starts` in `data`."""
-
-    data: bytes
-    starts: list[int]
-    length: int
-
-    def of(self, row: int) -> np.ndarray:
-        return np.frombuffer(self.data, np.uint8, self.length, self.starts[row])
-
-
-@dataclass(frozen=True, slots=True)
 class LoadedPiece:
-    """A piece in memory. Rows are counted from its first one."""
+    """A piece that can be read. Rows are counted from its first one."""
 
-    where: str
     shard_id: str
-    columns: dict[str, pa.Array]
-    mean: _Numbers
-    logvar: _Numbers | None
-
-    def fields(self, row: int, names: Sequence[str]) -> list[Any]:
-        """Fields of the index, as Python has them."""
-        return [self.columns[name][row].as_py() for name in names]
+    columns: dict[str, list[Any]]
+    """Fields of the index, as Python has them."""
+    mean: RowBytes
+    logvar: RowBytes | None
 
 
 class PieceReader:
@@ -100,50 +96,101 @@ class PieceReader:
         self._catalog, self._store, self._cache = catalog, store, cache
         self._columns = tuple(dict.fromkeys((*NEEDED_COLUMNS, *columns)))
         self._want_logvar, self._checksums = logvar, checksums
+        self._files = OpenFiles(lambda number: store.open_local(self._shard_name(number)))
         self._shards: OrderedDict[int, Future[_ShardRows]] = OrderedDict()
         self._kept_bytes = 0
         self._lock = threading.Lock()
 
+    @property
+    def fetches(self) -> bool:
+        """Whether a piece's numbers are fetched when it is loaded, which takes a while."""
+        return not self._store.is_local
+
     def load(self, piece: Piece, bucket: str) -> LoadedPiece:
         """DatasetError, FileNotFoundError or StorageError, all with the shard's name, if it cannot be read."""
         shard = self._catalog.manifest.shards[piece.shard]
-        rows, where = self._shard_rows(piece.shard), self._store.full_url(self._shard_name(piece.shard))
-        # a copy: a slice would keep the whole index in memory for as long as the piece is there
-        table = rows.table.take(pa.array(range(piece.first, piece.stop)))
-        columns = {name: table.column(name).combine_chunks() for name in table.column_names}
-        if columns["bucket"].to_pylist() != [bucket] * (piece.stop - piece.first):
+        rows = self._shard_rows(piece.shard)
+        where = rows.where
+        # lists, not slices: those would keep the whole index in memory for as long as the piece is there
+        table = rows.table.slice(piece.first, piece.stop - piece.first)
+        columns = {name: table.column(name).to_pylist() for name in table.column_names}
+        if columns["bucket"] != [bucket] * (piece.stop - piece.first):
             raise DatasetError(f"{where}: rows {piece.first} to {piece.stop} are not of bucket {bucket} in its index")
-        shape = self._catalog.latent_shape(bucket)
-        mean, logvar = self._numbers(piece, rows, shape, where)
-        return LoadedPiece(where, shard.id, columns, mean, logvar)
+        read = self._in_file if self._store.is_local else self._fetched
+        mean, *logvar = read(piece, bucket, [rows.mean, *([rows.logvar] if rows.logvar else [])], where)
+        return LoadedPiece(shard.id, columns, mean, logvar[0] if logvar else None)
 
     # --- numbers -------------------------------------------------------------------------------------------------
 
-    def _numbers(
-        self, piece: Piece, rows: _ShardRows, shape: tuple[int, ...], where: str
-    ) -> tuple[_Numbers, _Numbers | None]:
-        part = slice(piece.first, piece.stop)
-        columns = [rows.mean, *([rows.logvar] if rows.logvar else [])]
-        spans = [
-            (int(column.offset[part][0]), int(column.offset[part][-1] + column.length[part][-1]))
-            for column in columns
-        ]
+    def _in_file(self, piece: Piece, bucket: str, columns: Sequence[_Column], where: str) -> Iterator[RowBytes]:
+        file = self._files.get(piece.shard)
+        for column in columns:
+            first, stop = self._span(piece, column, where)
+            prefix, nbytes = self._prefix(piece, bucket, column, where)
+            starts = (column.offset[piece.first : piece.stop] + self._shift(prefix)).tolist()
+            for begin, end in spans(starts, nbytes):
+                file.will_need(max(first, begin - len(prefix)), min(stop, end))
+            yield FileBytes(partial(self._files.get, piece.shard), starts, prefix, where)
+
+    def _fetched(self, piece: Piece, bucket: str, columns: Sequence[_Column], where: str) -> Iterator[RowBytes]:
+        ranges = [self._span(piece, column, where) for column in columns]
         if self._catalog.manifest.format == "webdataset":  # both lie side by side, row by row
-            spans = [(min(start for start, _ in spans), max(stop for _, stop in spans))] * len(spans)
-        data = {span: self._read(piece.shard, *span, where) for span in dict.fromkeys(spans)}
-        found = [
-            self._bare(data[span], column.offset[part] - span[0], column.length[part], shape, where)
-            for span, column in zip(spans, columns, strict=True)
-        ]
-        return found[0], found[1] if len(found) > 1 else None
+            ranges = [(min(start for start, _ in ranges), max(stop for _, stop in ranges))] * len(ranges)
+        data = {one: memoryview(self._read(piece.shard, *one, where)) for one in dict.fromkeys(ranges)}
+        for (start, stop), column in zip(ranges, columns, strict=True):
+            numbers = data[start, stop]
+            at = int(column.offset[piece.first]) - start
+            first = numbers[at : at + int(column.length[piece.first])]
+            prefix, _ = self._prefix(piece, bucket, column, where, first)
+            starts = column.offset[piece.first : piece.stop] + self._shift(prefix) - start
+            yield FetchedBytes(numbers, starts.tolist(), prefix, where)
+
+    def _shift(self, prefix: bytes) -> int:
+        """From a row's offset in the index to its numbers: an index of a tar has the file with its header."""
+        return len(prefix) if self._catalog.manifest.format == "webdataset" else 0
+
+    def _span(self, piece: Piece, column: _Column, where: str) -> tuple[int, int]:
+        """(start, stop) of a column's bytes, with what stands before the first row's numbers."""
+        start = int(column.offset[piece.first])
+        stop = int(column.offset[piece.stop - 1] + column.length[piece.stop - 1])
+        if self._catalog.manifest.format == "parquet":
+            start -= LENGTH_BYTES
+        size = self._catalog.manifest.shards[piece.shard].size
+        if not 0 <= start < stop <= size:
+            raise DatasetError(f"{where}: its index leads to bytes {start} to {stop} of {size}")
+        return start, stop
+
+    def _prefix(
+        self, piece: Piece, bucket: str, column: _Column, where: str, first: memoryview | None = None
+    ) -> tuple[bytes, int]:
+        """What stands before each row's numbers, and how many bytes those are.
+
+        In a tar, the header of the first row's file, which is checked here: `first`, or else read now.
+        """
+        lengths = column.length[piece.first : piece.stop]
+        if (lengths != lengths[0]).any():
+            raise DatasetError(f"{where}: latents of bucket {bucket} with different lengths in its index")
+        if bucket not in column.prefixes:
+            start, length = int(column.offset[piece.first]), int(lengths[0])
+            shape = self._catalog.latent_shape(bucket)
+            nbytes = int(np.prod(shape)) * column.dtype.itemsize
+            if self._catalog.manifest.format == "parquet":
+                if length != nbytes:
+                    raise DatasetError(
+                        f"{where}: expected {nbytes} bytes for a latent of shape {shape}, got {length}"
+                    )
+                column.prefixes[bucket] = nbytes.to_bytes(LENGTH_BYTES, "little"), nbytes
+            else:
+                data = bytes(first) if first is not None else self._read(piece.shard, start, start + length, where)
+                _require(read_payload(data, where), column.dtype, shape, where)
+                column.prefixes[bucket] = data[: len(data) - nbytes], nbytes
+        return column.prefixes[bucket]
 
     def _read(self, number: int, start: int, stop: int, where: str) -> bytes:
-        shard, name = self._catalog.manifest.shards[number], self._shard_name(number)
-        if not 0 <= start < stop <= shard.size:
-            raise DatasetError(f"{where}: its index leads to bytes {start} to {stop} of {shard.size}")
         data = self._range(number, start, stop)
         if len(data) != stop - start:
-            raise DatasetError(f"{where}: truncated: {name} ends before byte {stop}; its receipt says {shard.size}")
+            size = self._catalog.manifest.shards[number].size
+            raise DatasetError(f"{where}: truncated: ends before byte {stop}; its receipt says {size}")
         return data
 
     def _range(self, number: int, start: int, stop: int) -> bytes:
@@ -153,31 +200,6 @@ class PieceReader:
         return self._cache.read(
             shard.sha256, shard.size, start, stop, lambda first, last: self._store.read_range(name, first, last)
         )
-
-    def _bare(
-        self, data: bytes, offsets: np.ndarray, lengths: np.ndarray, shape: tuple[int, ...], where: str
-    ) -> _Numbers:
-        """Parquet has bare numbers; the files of a tar have a header, which is the same for all of one shape."""
-        nbytes = int(np.prod(shape)) * self._catalog.dtype.itemsize
-        starts = offsets.tolist()
-        if self._catalog.manifest.format == "parquet":
-            if (lengths != nbytes).any():
-                raise DatasetError(f"{where}: expected {nbytes} bytes for a latent of shape {shape}")
-            return _Numbers(data, starts, nbytes)
-        first = data[starts[0] : starts[0] + int(lengths[0])]
-        self._require(read_payload(first, where), shape, where)
-        header = first[: len(first) - nbytes]
-        for start, length in zip(starts, lengths.tolist(), strict=True):
-            if length != len(first) or not data.startswith(header, start):
-                self._require(read_payload(data[start : start + length], where), shape, where)
-                raise DatasetError(f"{where}: latents of one shape with different headers at byte {start} of a read")
-        return _Numbers(data, [start + len(header) for start in starts], nbytes)
-
-    def _require(self, tensor: Tensor, shape: tuple[int, ...], where: str) -> None:
-        if tuple(tensor.shape) != shape or tensor.dtype != self._catalog.dtype:
-            raise DatasetError(
-                f"{where}: expected {self._catalog.dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}"
-            )
 
     # --- indexes -------------------------------------------------------------------------------------------------
 
@@ -232,9 +254,12 @@ class PieceReader:
             sum(shard.rows.values()),
         ):
             raise DatasetError(f"{where}: not the index of the shard {shard.id} that the manifest lists")
-        mean = self._places(number, table, "vae_latent_bytes", *_MEAN)
-        logvar = self._places(number, table, "vae_logvar_bytes", *_LOGVAR) if self._want_logvar else None
-        return _ShardRows(table.select(list(self._columns)), mean, logvar)
+        mean = self._places(number, table, "vae_latent_bytes", self._catalog.dtype, *_MEAN)
+        logvar = None
+        if self._want_logvar:
+            logvar = self._places(number, table, "vae_logvar_bytes", self._catalog.logvar_dtype, *_LOGVAR)
+        url = self._store.full_url(self._shard_name(number))
+        return _ShardRows(url, table.select(list(self._columns)), mean, logvar)
 
     def _index_bytes(self, number: int) -> bytes:
         """A whole index: one read of a store, and with a cache none the next time."""
@@ -248,11 +273,13 @@ class PieceReader:
             content, info.size, 0, info.size, lambda first, last: self._store.read_range(name, first, last)
         )
 
-    def _places(self, number: int, table: pa.Table, blob: str, offset: str, length: str) -> _Column:
+    def _places(
+        self, number: int, table: pa.Table, blob: str, dtype: torch.dtype, offset: str, length: str
+    ) -> _Column:
         where = self._store.full_url(self._shard_name(number))
         if self._catalog.manifest.format == "parquet":
             nbytes = {
-                name: int(np.prod(self._catalog.latent_shape(name))) * self._catalog.dtype.itemsize
+                name: int(np.prod(self._catalog.latent_shape(name))) * dtype.itemsize
                 for name in table.column("bucket").unique().to_pylist()
             }
             lengths = np.asarray([nbytes[name] for name in table.column("bucket").to_pylist()], np.int64)
@@ -261,10 +288,10 @@ class PieceReader:
             def read(start: int, stop: int) -> bytes:
                 return self._range(number, start, stop)
 
-            return _Column(blob_offsets(read, size, blob, lengths.tolist(), where), lengths)
+            return _Column(blob_offsets(read, size, blob, lengths.tolist(), where), lengths, dtype)
         if table.column(offset).null_count or table.column(length).null_count:
             raise DatasetError(f"{where}: its index has rows without {offset}")
-        return _Column(table.column(offset).to_numpy(), table.column(length).to_numpy())
+        return _Column(table.column(offset).to_numpy(), table.column(length).to_numpy(), dtype)
 
     def _check_sha256(self, number: int) -> None:
         shard, name = self._catalog.manifest.shards[number], self._shard_name(number)
@@ -274,6 +301,11 @@ class PieceReader:
                 f"{self._store.full_url(name)}: expected {shard.size} bytes with sha256 {shard.sha256}, "
                 f"got {found.size} with {found.sha256}"
             )
+
+
+def _require(tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], where: str) -> None:
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+        raise DatasetError(f"{where}: expected {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")
 
 
 def _index_table(content: bytes, names: list[str], where: str) -> tuple[Any, pa.Table]:

@@ -27,9 +27,9 @@ import numpy as np
 
 Tail = Literal["drop", "pad"]
 STREAMS = 8
+_CACHED_ORDERS = 1 << 12
 READ_BYTES = (256 << 10, 8 << 20)
 """Least and most bytes of a block."""
-_CACHED_ORDERS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +83,9 @@ class Piece(NamedTuple):
     shard: int
     first: int
     stop: int
+
+
+_NOWHERE = Piece(-1, -1, -1, 0, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +150,20 @@ class _Blocks:
         return Piece(self._epoch, self._number, int(self.shard[block]), start + offset, stop + offset)
 
 
+class _Cursor:
+    """Where some lanes of a stream are: from one batch to the next, most of them stay in their pieces."""
+
+    __slots__ = ("ordinal", "pieces", "rows", "starts", "stops")
+
+    def __init__(self, lanes: int) -> None:
+        self.ordinal = 0
+        self.pieces = [_NOWHERE] * lanes
+        self.rows: list[list[int]] = [[]] * lanes
+        """Of each lane's piece, in the order in which they come."""
+        self.starts, self.stops = [0] * lanes, [0] * lanes
+        """The batches of the stream that have a row of the piece."""
+
+
 @dataclass(slots=True)
 class EpochPlan:
     """The batches of one epoch. Memory is some bytes per batch and per block; the rest is computed as it is asked."""
@@ -161,6 +178,7 @@ class EpochPlan:
     """int64 (buckets, streams): full batches."""
     _blocks: dict[int, _Blocks] = field(init=False, default_factory=dict)
     _orders: dict[tuple[int, int], np.ndarray] = field(init=False, default_factory=dict)
+    _cursors: dict[tuple[int, int, int, int], _Cursor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         settings, size = self.settings, self.settings.batch_size
@@ -204,32 +222,44 @@ class EpochPlan:
         return self._blocks[number]
 
     def _lane_share(self, number: int, stream: int, ordinal: int, lanes: range) -> Share:
-        blocks, length = self._blocks_of(number), int(self._full[number, stream])
-        start = int(self._full[number, :stream].sum()) * self.settings.batch_size
-        starts = start + np.arange(lanes.start, lanes.stop) * length
-        block = np.searchsorted(blocks.stop, starts + ordinal, side="right")
-        lows = np.maximum(starts, blocks.start[block])
-        highs = np.minimum(starts + length, blocks.stop[block])
-        pieces, rows, finished = [], [], []
-        for at, low, high, position in zip(
-            block.tolist(), lows.tolist(), highs.tolist(), (starts + ordinal).tolist(), strict=True
-        ):
-            piece = blocks.piece(at, low, high)
-            pieces.append(piece)
-            rows.append(piece.first + int(self._order_in(number, low, high)[position - low]))
-            if position == high - 1:
-                finished.append(piece)
+        key = (number, stream, lanes.start, lanes.stop)
+        cursor = self._cursors.get(key)
+        if cursor is None or ordinal < cursor.ordinal:
+            cursor = self._cursors[key] = _Cursor(len(lanes))
+        stale = [at for at, stop in enumerate(cursor.stops) if stop <= ordinal]
+        if stale:
+            self._advance(cursor, stale, number, stream, ordinal, lanes)
+        cursor.ordinal = ordinal
         return Share(
             bucket=number,
             stream=stream,
-            pieces=tuple(pieces),
-            rows=tuple(rows),
-            is_padding=(False,) * len(rows),
-            finished=tuple(finished),
+            pieces=tuple(cursor.pieces),
+            rows=tuple([rows[ordinal - start] for rows, start in zip(cursor.rows, cursor.starts, strict=True)]),
+            is_padding=(False,) * len(lanes),
+            finished=tuple(
+                [piece for piece, stop in zip(cursor.pieces, cursor.stops, strict=True) if stop == ordinal + 1]
+            ),
         )
 
+    def _advance(
+        self, cursor: _Cursor, stale: list[int], number: int, stream: int, ordinal: int, lanes: range
+    ) -> None:
+        """Put some of the cursor's lanes on the pieces that they are in at a batch."""
+        blocks, length = self._blocks_of(number), int(self._full[number, stream])
+        first = int(self._full[number, :stream].sum()) * self.settings.batch_size
+        starts = first + (lanes.start + np.asarray(stale)) * length
+        block = np.searchsorted(blocks.stop, starts + ordinal, side="right")
+        lows = np.maximum(starts, blocks.start[block])
+        highs = np.minimum(starts + length, blocks.stop[block])
+        for lane, at, start, low, high in zip(
+            stale, block.tolist(), starts.tolist(), lows.tolist(), highs.tolist(), strict=True
+        ):
+            piece = cursor.pieces[lane] = blocks.piece(at, low, high)
+            cursor.rows[lane] = (piece.first + self._order_in(number, low, high)).tolist()
+            cursor.starts[lane], cursor.stops[lane] = low - start, high - start
+
     def _order_in(self, number: int, low: int, high: int) -> np.ndarray:
-        """The order of a piece's rows; remembered, since a piece lasts for many batches."""
+        """The order of a piece's rows; remembered for who asks for several ranks."""
         order = self._orders.get((number, low))
         if order is None:
             if len(self._orders) >= _CACHED_ORDERS:

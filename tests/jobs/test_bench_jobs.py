@@ -16,8 +16,11 @@ from jobs.bench_encode import BF16, FP32, bench_encode
 from jobs.bench_gpu import bench_gpu
 from jobs.bench_memory import clip_of_length, length_table, shard_table
 from jobs.bench_pipeline import CASES, Bench, Case
+from jobs.bench_reader import MANY_SHARDS, STORE, bench_reader
 from jobs.bench_report import has_fast_bf16
+from jobs.rival_readers import READERS
 from pipeline.decode.frames import open_frames
+from tests.pipeline.reader.made_datasets import write_dataset
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +67,19 @@ def test_a_long_clip_has_its_length(tmp_path: Path) -> None:
     (tmp_path / "made.mp4").write_bytes(clip_of_length(481, tmp_path))  # longer than the clip it is made of
     with open_frames(str(tmp_path / "made.mp4"), "pyav") as frames:
         assert sum(1 for _ in frames) == 481
+
+
+@pytest.mark.slow
+def test_readers(tmp_path: Path) -> None:
+    """A row for each, with figures where the library is there, and the files read plainly."""
+    for home in (tmp_path, tmp_path / STORE):
+        for format_name in ("webdataset", "parquet"):
+            write_dataset(home / format_name, shards=2, small=80, long=0, format_name=format_name)
+    output = output_of(bench_reader, "--folder", str(tmp_path), "--rounds", "1", "--no-store", "--no-dropped")
+    rows = {line.split("|")[1].strip(): line for line in output.splitlines() if line.startswith("| ")}
+    assert {"plain read of the tars", str(MANY_SHARDS), *(reader.name for reader in READERS)} <= rows.keys()
+    for name in ("ours, tars", "ours, Parquet", "webdataset"):
+        assert "failed" not in rows[name]
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import local_files
-from pipeline.local_files import create_file, replace_file
+from pipeline.local_files import LocalFile, create_file, replace_file
 
 
 @pytest.fixture(params=["anonymous", "staged"])
@@ -75,3 +75,37 @@ def test_old_debris_goes_and_another_writers_file_stays(staging: Path) -> None:
     replace_file(staging.parent / "a.json", b"{}", staging)
     assert files_below(staging) == ["new"]
     assert local_files.ABANDONED_AFTER_SECONDS > 3600
+
+
+def test_a_read_fills_its_buffers_in_turn_or_says_that_the_file_ends(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(100)))
+    first, second = bytearray(3), bytearray(5)
+    assert LocalFile(str(path)).read_into((first, second), 8, 90)
+    assert (bytes(first), bytes(second)) == (bytes(range(90, 93)), bytes(range(93, 98)))
+    assert not LocalFile(str(path)).read_into((first, second), 8, 93)
+    LocalFile(str(path)).will_need(0, 1 << 40)
+
+
+def test_a_read_that_stops_early_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(100)))
+    preadv = os.preadv
+
+    def two_bytes(descriptor: int, buffers: list[bytearray], offset: int) -> int:
+        return preadv(descriptor, [memoryview(buffers[0])[:2]], offset)
+
+    monkeypatch.setattr(os, "preadv", two_bytes)
+    first, second = bytearray(3), bytearray(6)
+    assert LocalFile(str(path)).read_into((first, second), 9, 10)
+    assert first + second == bytes(range(10, 19))
+
+
+def test_a_file_is_closed_when_nobody_has_it(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"x")
+    file = LocalFile(str(path))
+    descriptor = file._descriptor
+    del file
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from pipeline.formats import FORMATS, IndexRow, PayloadPlace, ShardHeader, write_index
 from pipeline.formats.tensors import TORCH_DTYPES
+from pipeline.logvar_code import logvar_to_int8
 from pipeline.records import Latent, LatentRow, SourceVideo, pair_sha256
 
 HEADER = ShardHeader(
@@ -36,11 +37,11 @@ def make_latent(
     key: str = "clip_00000",
     *,
     dtype: str = "float16",
-    logvar: bool = False,
+    logvar: bool | str = False,
     size: tuple[int, int, int] = (17, 16, 16),
     **fields: Any,
 ) -> Latent:
-    """A latent whose numbers are a function of its key; `fields` replace those of its row."""
+    """A latent whose numbers are a function of its key; `fields` replace those of its row. logvar "int8": coded."""
     time, height, width = size
     shape = (4, 1 + (time - 1) // 4, height // 8, width // 8)
     generator = torch.Generator().manual_seed(int(hashlib.sha256(key.encode()).hexdigest()[:8], 16))
@@ -56,7 +57,7 @@ def make_latent(
         width=width,
         latent_shape=shape,
         latent_dtype=dtype,
-        has_logvar=logvar,
+        has_logvar=bool(logvar),
         caption=caption,
         file_name=f"{key[:-6]}.mp4",
         fps=25.0,
@@ -80,6 +81,7 @@ def make_latent(
         video_sha256="00" * 32,
         metadata={"url": "https://example.org/video?v=1", "views": 12, "nested": {"tags": ["a", None, 1.5]}},
     )
+    variance = logvar_to_int8(variance) if logvar == "int8" else variance
     return Latent(row=replace(row, **fields), mean_CTHW=mean, logvar_CTHW=variance if logvar else None)
 
 
@@ -87,7 +89,7 @@ def stored_order(latents: list[Latent]) -> list[Latent]:
     return sorted(latents, key=lambda latent: latent.row.sort_key)
 
 
-def make_latents(count: int = 6, *, dtype: str = "float16", logvar: bool = False) -> list[Latent]:
+def make_latents(count: int = 6, *, dtype: str = "float16", logvar: bool | str = False) -> list[Latent]:
     """Several buckets, folders in keys, Unicode, an empty caption; in stored order."""
     names = ["a/0", "a/1", "b/ключ", "c", "d/v1.2/e", "f", "g", "h"]
     return stored_order(
@@ -172,7 +174,7 @@ json_values = st.recursive(
 @st.composite
 def latents_of_one_shard(draw: st.DrawFn) -> list[Latent]:
     dtype = draw(st.sampled_from(sorted(TORCH_DTYPES)))
-    logvar = draw(st.booleans())
+    logvar = draw(st.sampled_from([False, True, "int8"]))
     keys = draw(
         st.lists(st.lists(key_part, min_size=1, max_size=2).map("/".join), max_size=5, unique=True), label="keys"
     )
@@ -180,7 +182,7 @@ def latents_of_one_shard(draw: st.DrawFn) -> list[Latent]:
 
 
 @st.composite
-def _latent(draw: st.DrawFn, key: str, dtype: str, logvar: bool) -> Latent:
+def _latent(draw: st.DrawFn, key: str, dtype: str, logvar: bool | str) -> Latent:
     latent = make_latent(
         key,
         dtype=dtype,

@@ -45,9 +45,9 @@ def test_registered_under_its_own_name(shard_format: ShardFormat) -> None:
     assert shard_format.suffix.startswith(".")
 
 
-@pytest.mark.parametrize("logvar", [False, True])
+@pytest.mark.parametrize("logvar", [False, True, "int8"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_round_trip(shard_format: ShardFormat, tmp_path: Path, dtype: str, logvar: bool) -> None:
+def test_round_trip(shard_format: ShardFormat, tmp_path: Path, dtype: str, logvar: bool | str) -> None:
     latents = make_latents(8, dtype=dtype, logvar=logvar)
     path, places = write_shard(tmp_path, shard_format.name, latents)
     assert len(places) == len(latents)

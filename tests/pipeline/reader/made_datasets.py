@@ -19,7 +19,9 @@ from tests.pipeline.formats.made_latents import make_latent, stored_order
 SMALL, LONG = (17, 16, 16), (33, 16, 32)
 
 
-def latents_of(shard_id: str, sizes: Sequence[tuple[int, int, int]], *, dtype: str, logvar: bool) -> list[Latent]:
+def latents_of(
+    shard_id: str, sizes: Sequence[tuple[int, int, int]], *, dtype: str, logvar: bool | str
+) -> list[Latent]:
     made = [
         make_latent(f"{shard_id}/clip{number:03d}_00000", dtype=dtype, logvar=logvar, size=size, shard_id=shard_id)
         for number, size in enumerate(sizes)
@@ -28,7 +30,11 @@ def latents_of(shard_id: str, sizes: Sequence[tuple[int, int, int]], *, dtype: s
 
 
 def run_of(
-    *, format_name: str = "webdataset", dtype: str = "float16", logvar: bool = False, spec: VAESpec | None = None
+    *,
+    format_name: str = "webdataset",
+    dtype: str = "float16",
+    logvar: bool | str = False,
+    spec: VAESpec | None = None,
 ) -> RunFile:
     one = identity(vae=(spec or SPECS["cvvae-sd21"]).to_dict(), storage_dtype=dtype, logvar=logvar)
     return RunFile(fingerprint=one.fingerprint, identity=one, format=format_name, source={}, config={})  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.reader.plan import STREAMS, BatchPlan, BucketRows, OrderSettings, Share, random_order
@@ -35,16 +35,17 @@ def rows_of(share: Share) -> list[tuple[int, int, int]]:
 def plans(draw: st.DrawFn) -> BatchPlan:
     shards = st.lists(st.integers(1, 60), min_size=1, max_size=6)
     buckets = [bucket(f"b{number}", *draw(shards)) for number in range(draw(st.integers(1, 3)))]
-    settings = OrderSettings(
+    order = OrderSettings(
         seed=draw(st.integers(0, 2**32)),
         batch_size=draw(st.sampled_from([1, 2, 4, 6, 12])),
         shuffle=draw(st.booleans()),
         tail=draw(st.sampled_from(["drop", "pad"])),
         buffer_bytes=draw(st.sampled_from([1, 64 << 20, 1 << 30])),
     )
-    return BatchPlan(tuple(buckets), settings)
+    return BatchPlan(tuple(buckets), order)
 
 
+@settings(deadline=None)  # a shared machine may stand still for longer
 @given(plans(), st.data())
 def test_each_row_once_per_epoch_over_all_ranks_workers_and_resumes(plan: BatchPlan, data: st.DataObject) -> None:
     """Ranks and workers change at a random batch; together they see what one process sees."""
@@ -76,6 +77,7 @@ def test_each_row_once_per_epoch_over_all_ranks_workers_and_resumes(plan: BatchP
         assert dict(missing) == plan.dropped_per_epoch
 
 
+@settings(deadline=None)
 @given(plans(), st.data())
 def test_a_piece_lasts_until_it_is_finished(plan: BatchPlan, data: st.DataObject) -> None:
     """A rank that drops finished pieces never reads one twice, and holds what the settings allow."""

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from cvvae import SPECS
+from pipeline.logvar_code import logvar_from_int8
 from pipeline.reader import LatentBatch, LatentDataset, SubWindow
 from pipeline.records import Latent
 from tests.pipeline.reader.made_datasets import write_dataset
@@ -102,6 +103,24 @@ def test_samples_are_fresh_each_epoch_and_the_same_in_each_run(tmp_path: Path, f
     drawn = torch.cat(noise)
     assert abs(float(drawn.mean())) < 0.02
     assert abs(float(drawn.std()) - 1) < 0.02
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_coded_log_variances_give_the_noise_they_stand_for(tmp_path: Path, format_name: str, dtype: str) -> None:
+    """int8 beside a mean in another dtype: the sample is the mean and a draw as wide as the code says."""
+    latents = write_dataset(tmp_path, format_name=format_name, dtype=dtype, logvar="int8")
+    settings: dict[str, Any] = {"latents": "raw", "tail": "pad"}
+    means = dict(rows_of(list(LatentDataset(str(tmp_path), 5, **settings))))
+    drawn = []
+    for key, sample in rows_of(list(LatentDataset(str(tmp_path), 5, sample="sample", **settings))):
+        assert torch.equal(means[key], latents[key].mean_CTHW.float())
+        code = latents[key].logvar_CTHW
+        assert code is not None
+        assert code.dtype == torch.int8
+        drawn.append(((sample - means[key]) / torch.exp(0.5 * logvar_from_int8(code))).flatten())
+    assert abs(float(torch.cat(drawn).mean())) < 0.02
+    assert abs(float(torch.cat(drawn).std()) - 1) < 0.02
 
 
 def test_a_normalized_sample_is_one_of_the_normalized_posterior(tmp_path: Path) -> None:
