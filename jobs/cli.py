@@ -12,9 +12,11 @@ OF_EXTRAS = frozenset({"ray", "av", "psutil", "PIL"})
 
 def main() -> None:
     """Entry point. Verbs are imported here, so that a missing extra takes away only what needs it."""
+    from jobs.export_dataset import export
     from jobs.verify_dataset import verify
 
     app.command()(verify)
+    app.command()(export)
     try:
         from jobs.encode_webvid import encode
         from jobs.finetune_verbs import app as finetune
