@@ -13,10 +13,12 @@ OF_EXTRAS = frozenset({"ray", "av", "psutil", "PIL"})
 def main() -> None:
     """Entry point. Verbs are imported here, so that a missing extra takes away only what needs it."""
     from jobs.compare_datasets import diff
+    from jobs.export_dataset import export
     from jobs.verify_dataset import verify
 
     app.command()(verify)
     app.command()(diff)
+    app.command()(export)
     try:
         from jobs.dataset_upkeep import gc, repair, retry
         from jobs.encode_webvid import encode

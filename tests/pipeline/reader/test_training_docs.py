@@ -22,7 +22,7 @@ def test_blocks_run(tmp_path: Path, number: int, capsys: pytest.CaptureFixture[s
 
 
 def test_there_are_blocks() -> None:
-    assert len(BLOCKS) == 2
+    assert len(BLOCKS) == 3
 
 
 def test_the_readme_reads_in_six_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
