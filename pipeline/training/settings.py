@@ -334,11 +334,14 @@ class TrainSettings(Policy):
         return (*self.data.sources, *((self.data.held_out,) if self.data.held_out else ()))
 
     def identity(self) -> dict[str, Any]:
-        """What a resumed run must have in common with the one it resumes: all but how long and how loud."""
-        plain = self.model_dump(mode="json", exclude={"output", "keep"})
+        """What a resumed run must have in common with the one it resumes: all but how long and how loud.
+
+        Without what is None, so that a run can go on after a setting was added that it never had.
+        """
+        plain = self.model_dump(mode="json", exclude={"output", "keep"}, exclude_none=True)
         plain["loop"].pop("steps")
         for name in ("decode_children", "prefetch_batches", "held_out", "held_out_samples"):
-            plain["data"].pop(name)
+            plain["data"].pop(name, None)
         return plain
 
 

@@ -3,121 +3,31 @@ never passes silently."""
 
 from __future__ import annotations
 
-import hashlib
-import io
 import itertools
-import json
 import os
 import tarfile
 import tracemalloc
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from pipeline.errors import ConfigError, SourceChanged, SourceError
-from pipeline.records import Clip, Rejection, VideoShard
+from pipeline.errors import SourceChanged
+from pipeline.records import Clip, VideoShard
 from pipeline.sources import SourceDigest, WebDatasetSource, plan_source, read_shard
-from pipeline.sources import tar as tar_source
-from pipeline.sources.forward import MAX_SINGLE_READ
-from pipeline.storage import ObjectInfo, Store, object_info
-from tests.s3_server import Fault, S3Server, proxy_to
-
-Member = tuple[str, bytes] | tarfile.TarInfo
-FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-def tar_bytes(members: Iterable[Member], *, format: int = tarfile.PAX_FORMAT) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=format, errors="surrogateescape") as tar:
-        for member in members:
-            if isinstance(member, tarfile.TarInfo):
-                tar.addfile(member)
-                continue
-            info = tarfile.TarInfo(member[0])
-            info.size = len(member[1])
-            tar.addfile(info, io.BytesIO(member[1]))
-    return buffer.getvalue()
-
-
-def sample(key: str, *, video: bytes | None = b"video", text: str | None = "words", **metadata: Any) -> list[Member]:
-    """A sample in video2dataset's member order."""
-    members: list[Member] = [(f"{key}.json", json.dumps({"key": key, **metadata}).encode())]
-    if video is not None:
-        members.append((f"{key}.mp4", video))
-    if text is not None:
-        members.append((f"{key}.txt", text.encode()))
-    return members
-
-
-@dataclass(frozen=True)
-class ReadClip:
-    """A Clip whose Blob was read and closed."""
-
-    key: str
-    video: bytes
-    caption: str
-    metadata: dict[str, Any]
-    file_name: str
-
-
-@dataclass(frozen=True)
-class Outcome:
-    clips: dict[str, ReadClip]
-    rejections: list[Rejection]
-    sha256: str | None
-
-    @property
-    def classes(self) -> dict[str, str]:
-        """Error class by key, of clips."""
-        return {r.key: r.error_class for r in self.rejections if r.scope == "clip"}
-
-    @property
-    def is_broken(self) -> bool:
-        return any(r.scope == "shard" for r in self.rejections)
-
-
-def read_url(url: str, *, max_clip_bytes: int = 1 << 30, planned: VideoShard | None = None, **spec: Any) -> Outcome:
-    digest = SourceDigest()
-    shard = planned or VideoShard(id="00000", kind="webdataset", url=url)
-    samples = read_shard(shard, WebDatasetSource(urls=url, **spec), max_clip_bytes=max_clip_bytes, digest=digest)
-    clips, rejections = {}, []
-    for one in samples:
-        if isinstance(one, Rejection):
-            assert one.shard_id == "00000"
-            json.dumps(one.message + one.key, ensure_ascii=False).encode("utf-8")  # it is stored
-            rejections.append(one)
-            continue
-        with one.video as blob:
-            video = os.pread(blob.fd, blob.size, 0)
-        assert one.video_sha256 == hashlib.sha256(video).hexdigest()
-        assert one.key not in clips, "a key comes once"
-        clips[one.key] = ReadClip(one.key, video, one.caption, one.metadata, one.file_name)
-    return Outcome(clips, rejections, digest.sha256)
-
-
-@pytest.fixture
-def read(tmp_path: Path) -> Callable[..., Outcome]:
-    """Read a tar given as bytes or as members."""
-
-    def read_tar(content: bytes | Iterable[Member], **options: Any) -> Outcome:
-        data = content if isinstance(content, bytes) else tar_bytes(content)
-        path = tmp_path / "00000.tar"
-        path.write_bytes(data)
-        outcome = read_url(str(path), **options)
-        assert outcome.sha256 == hashlib.sha256(data).hexdigest(), "of the whole file, damaged or not"
-        return outcome
-
-    return read_tar
-
-
-# Layouts
+from tests.pipeline.sources.tar_cases import (
+    SMALL_END,
+    SMALL_TAR,
+    Member,
+    Outcome,
+    ReadClip,
+    header,
+    read_url,
+    sample,
+    special,
+    tar_bytes,
+)
 
 
 def test_video2dataset_shards(v2d_shards: Callable[..., list[Path]], tmp_path: Path) -> None:
@@ -251,12 +161,6 @@ def test_keys_with_folders(read: Callable[..., Outcome]) -> None:
     assert outcome.clips["c"].file_name == "./c.mp4"
 
 
-def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
-    info = tarfile.TarInfo(name)
-    info.type, info.linkname = kind, target
-    return info
-
-
 def test_what_is_no_sample_is_ignored(read: Callable[..., Outcome]) -> None:
     noise: list[Member] = [
         (".DS_Store", b"x"),
@@ -306,211 +210,6 @@ def test_the_video_extension_is_configurable(read: Callable[..., Outcome]) -> No
     members = [("k.mp4", b"one"), ("k.webm", b"two")]
     assert read(members).clips["k"].video == b"one", "of two renditions the first counts"
     assert read(members, video_extensions=("webm",)).clips["k"].video == b"two"
-
-
-# Damage
-
-SMALL = [
-    *sample("a", video=b"1" * 700, text="one"),
-    *sample("b", video=b"2" * 100, text="two"),
-    *sample("c", text="three"),
-]
-SMALL_TAR = tar_bytes(SMALL)
-SMALL_END = len(SMALL_TAR.rstrip(b"\0")) // 512 * 512 + 512
-"""Where the last member's block ends."""
-
-
-@pytest.fixture
-def whole(read: Callable[..., Outcome]) -> Outcome:
-    outcome = read(SMALL_TAR)
-    assert len(outcome.clips) == 3
-    assert outcome.rejections == []
-    return outcome
-
-
-def assert_whole_or_rejected(damaged: Outcome, whole: Outcome) -> None:
-    assert all(clip == whole.clips.get(key) for key, clip in damaged.clips.items())
-
-
-def test_a_cut_at_any_block_boundary(read: Callable[..., Outcome], whole: Outcome) -> None:
-    for cut in range(0, len(SMALL_TAR), 512):
-        outcome = read(SMALL_TAR[:cut])
-        assert_whole_or_rejected(outcome, whole)
-        assert outcome.is_broken == (cut <= SMALL_END), cut
-
-
-@FUZZ
-@given(cut=st.integers(0, len(SMALL_TAR) - 1))
-def test_a_cut_at_any_byte(read: Callable[..., Outcome], whole: Outcome, cut: int) -> None:
-    outcome = read(SMALL_TAR[:cut])
-    assert_whole_or_rejected(outcome, whole)
-    assert outcome.is_broken == (cut <= SMALL_END), "only trailing zeros may be missing in silence"
-    if cut < SMALL_END:
-        assert "c" not in outcome.clips
-
-
-flips = st.tuples(st.just("flip"), st.integers(0, SMALL_END - 1), st.integers(0, 7))
-splices = st.tuples(st.just("splice"), st.integers(0, SMALL_END - 1), st.integers(0, SMALL_END - 1))
-drops = st.tuples(st.just("drop"), st.integers(0, SMALL_END - 1), st.integers(1, 1500))
-
-
-def damage(data: bytes, changes: list[tuple[str, int, int]]) -> bytes:
-    damaged = bytearray(data)
-    for kind, where, how in changes:
-        if kind == "flip" and where < len(damaged):
-            damaged[where] ^= 1 << how
-        elif kind == "splice":
-            damaged[where:where] = data[how : how + 512]
-        elif kind == "drop":
-            del damaged[where : where + how]
-    return bytes(damaged)
-
-
-@settings(FUZZ, max_examples=300)
-@given(changes=st.lists(flips | splices | drops, min_size=1, max_size=4))
-def test_random_damage_never_raises(read: Callable[..., Outcome], changes: list[tuple[str, int, int]]) -> None:
-    outcome = read(damage(SMALL_TAR, changes))
-    for clip in outcome.clips.values():
-        clip.caption.encode("utf-8")
-        json.dumps(clip.metadata, allow_nan=False, ensure_ascii=False).encode("utf-8")
-
-
-@FUZZ
-@given(where=st.integers(0, SMALL_END - 1), bit=st.integers(0, 7))
-def test_a_flipped_bit_in_a_header_is_noticed(
-    read: Callable[..., Outcome], whole: Outcome, where: int, bit: int
-) -> None:
-    with tarfile.open(fileobj=io.BytesIO(SMALL_TAR)) as tar:
-        headers = [member.offset for member in tar]
-    header = min(headers, key=lambda offset: abs(offset - where))
-    outcome = read(damage(SMALL_TAR, [("flip", header + where % 512, bit)]))
-    assert_whole_or_rejected(outcome, whole)
-    # tarfile's two checksums leave a few bits of the checksum field itself without effect
-    assert outcome.is_broken or outcome.clips == whole.clips
-
-
-DAMAGED = {
-    "an empty file": b"",
-    "garbage": b"garbage" * 1000,
-    "zeros and garbage": bytes(1024) + b"garbage" * 1000,
-    "two tars in one": SMALL_TAR + SMALL_TAR,
-    "trailing garbage": SMALL_TAR + b"x",
-    "no end of archive": SMALL_TAR[:SMALL_END],
-    "a gzip": b"\x1f\x8b\x08" + bytes(1000) + b"x",
-}
-
-
-@pytest.mark.parametrize("name", DAMAGED)
-def test_damaged_files(read: Callable[..., Outcome], name: str) -> None:
-    outcome = read(DAMAGED[name])
-    (broken,) = [r for r in outcome.rejections if r.scope == "shard"]
-    assert (broken.error_class, broken.key) == ("truncated_shard", "")
-    assert "byte" in broken.message
-
-
-def test_zeros_only_are_an_empty_archive(read: Callable[..., Outcome]) -> None:
-    assert read(tar_bytes([])) == Outcome({}, [], hashlib.sha256(tar_bytes([])).hexdigest())
-
-
-def test_a_damaged_header_in_the_middle(read: Callable[..., Outcome], whole: Outcome) -> None:
-    with tarfile.open(fileobj=io.BytesIO(SMALL_TAR)) as tar:
-        second = next(member.offset for member in tar if member.name == "b.txt")
-    outcome = read(damage(SMALL_TAR, [("flip", second + 3, 1)]))
-    assert outcome.clips == {"a": whole.clips["a"]}
-    assert outcome.classes == {"b": "truncated_shard"}, "its caption is what was lost"
-    assert f"the header at byte {second} is damaged" in outcome.rejections[-1].message
-
-
-def header(name: str, size: int, kind: bytes = tarfile.REGTYPE, *, base256: bool = False) -> bytes:
-    info = tarfile.TarInfo(name)
-    info.type = kind
-    info.size = 0 if base256 else size
-    raw = bytearray(info.tobuf(tarfile.GNU_FORMAT))
-    if base256:
-        raw[124:136] = size.to_bytes(12, "big", signed=True)
-    raw[148:156] = b" " * 8
-    raw[148:156] = b"%06o\0 " % sum(raw[:512])
-    return bytes(raw)
-
-
-def pax(fields: dict[str, str]) -> bytes:
-    info = tarfile.TarInfo("k.mp4")
-    info.pax_headers = fields
-    return info.tobuf(tarfile.PAX_FORMAT)
-
-
-HOSTILE = {
-    "PAX block of 8 GB": header("k", 8 << 30, tarfile.XHDTYPE, base256=True),
-    "PAX block over the limit": header("k", MAX_SINGLE_READ + 512, tarfile.XHDTYPE),
-    "GNU long name of 8 GB": header("k", 8 << 30, tarfile.GNUTYPE_LONGNAME, base256=True),
-    "negative size, backwards": header("k.mp4", -512, base256=True),
-    "negative size, one byte": header("k.mp4", -1, base256=True),
-    "negative PAX size": pax({"size": "-1536"}),
-    "negative PAX block": header("k", -512, tarfile.XHDTYPE, base256=True),
-    "PAX size is no number": pax({"size": "many"}),
-    "more than the file has": header("k.mp4", 900),
-    "endless long names": header("k", 0, tarfile.GNUTYPE_LONGNAME) * 3000,
-    "endless PAX blocks": pax({"comment": "x"})[:1024] * 3000,
-    "sparse map that runs out": header("k.mp4", 512, tarfile.GNUTYPE_SPARSE)[:482] + b"\1" + bytes(29),
-    "sparse 1.0 without a map": pax({"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "9"}),
-    "sparse map that is text": pax({"GNU.sparse.map": "a,b"}),
-}
-
-
-@pytest.mark.timeout(20)
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_headers_end_and_cost_no_memory(read: Callable[..., Outcome], name: str) -> None:
-    content = tar_bytes(sample("a"))[:3072] + HOSTILE[name] + b"\0" * 512 + b"x"
-    tracemalloc.start()
-    outcome = read(content)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 20 << 20
-    assert outcome.is_broken
-    assert outcome.clips.keys() <= {"a", "k"}
-
-
-# The sidecar
-
-
-def write_sidecar(tar: Path, keys: list[str | None], column: str = "key") -> None:
-    pq.write_table(pa.table({column: keys, "status": ["success"] * len(keys)}), tar.with_suffix(".parquet"))
-
-
-def test_keys_that_never_came(read: Callable[..., Outcome], tmp_path: Path) -> None:
-    write_sidecar(tmp_path / "00000.tar", ["a", "b", "c", "d", None, "d"])
-    assert read(SMALL_TAR).rejections == [], "a whole tar is believed, whatever its sidecar says"
-    outcome = read(SMALL_TAR[: SMALL_END - 512])
-    assert list(outcome.clips) == ["a", "b"]
-    assert outcome.classes == {"c": "truncated_shard", "d": "truncated_shard"}
-    assert [(r.key, r.scope) for r in outcome.rejections] == [("c", "clip"), ("", "shard"), ("d", "clip")]
-
-
-@settings(FUZZ, max_examples=60)
-@given(cut=st.integers(0, SMALL_END - 1))
-def test_with_a_sidecar_no_sample_of_a_cut_tar_vanishes(
-    read: Callable[..., Outcome], tmp_path: Path, cut: int
-) -> None:
-    write_sidecar(tmp_path / "00000.tar", ["a", "b", "c"])
-    outcome = read(SMALL_TAR[:cut])
-    assert outcome.clips.keys() | outcome.classes.keys() == {"a", "b", "c"}
-    assert outcome.clips.keys().isdisjoint(outcome.classes)
-
-
-@pytest.mark.parametrize("damaged", ["not parquet", "half", "another column", "zero bytes", "flipped"])
-def test_an_unreadable_sidecar_takes_nothing_away(read: Callable[..., Outcome], tmp_path: Path, damaged: str) -> None:
-    path = tmp_path / "00000.parquet"
-    write_sidecar(tmp_path / "00000.tar", ["a", "z"], column="id" if damaged == "another column" else "key")
-    content = path.read_bytes()
-    flipped = bytes(b ^ 0xFF if 4 <= n < len(content) - 8 else b for n, b in enumerate(content))
-    changed = {"not parquet": b"PK", "half": content[: len(content) // 2], "zero bytes": b"", "flipped": flipped}
-    path.write_bytes(changed.get(damaged, content))
-    outcome = read(SMALL_TAR[: SMALL_END - 512])
-    assert list(outcome.clips) == ["a", "b"]
-    assert outcome.is_broken
-
-
-# Resources
 
 
 def open_descriptors() -> int:
@@ -579,121 +278,3 @@ def test_a_tar_that_changed_since_planning_is_refused(tmp_path: Path) -> None:
     path.write_bytes(SMALL_TAR + bytes(512))
     with pytest.raises(SourceChanged, match=rf"had {len(SMALL_TAR)} bytes when the run was planned"):
         read_url(str(path), planned=shard)
-
-
-# Planning
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    for number in (2, 0, 1, 10):
-        (tmp_path / f"{number:05d}.tar").write_bytes(b"x" * number)
-        (tmp_path / f"{number:05d}.parquet").touch()
-    (tmp_path / "00007.tar").mkdir()
-    return tmp_path
-
-
-PATTERNS = {
-    "": ["00000", "00001", "00002", "00010"],
-    "/": ["00000", "00001", "00002", "00010"],
-    "/*.tar": ["00000", "00001", "00002", "00010"],
-    "/0000[12].*": ["00001", "00002"],
-    "/{00000..00002}.tar": ["00000", "00001", "00002"],
-    "/{00010,00001}.tar": ["00001", "00010"],
-    "/0000{1,2}.t{a,a}r": ["00001", "00002"],
-    "/00002.tar": ["00002"],
-}
-
-
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_planning(folder: Path, pattern: str) -> None:
-    shards = plan_source(WebDatasetSource(urls=f"{folder}{pattern}")).shards
-    assert [shard.id for shard in shards] == PATTERNS[pattern]
-    assert [(s.url, s.size) for s in shards] == [(f"{folder}/{s.id}.tar", int(s.id)) for s in shards]
-
-
-def test_planning_a_list_counts_each_file_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(folder.parent)
-    name = folder.name
-    urls = [f"{folder}/00010.tar", str(folder), f"{folder}/*.tar", f"{name}/00001.tar", f"./{name}/../{name}"]
-    shards = plan_source(WebDatasetSource(urls=tuple(urls))).shards
-    assert [shard.id for shard in shards] == ["00000", "00001", "00002", "00010"]
-    assert all(shard.url.startswith("/") for shard in shards), "workers have other working directories"
-
-
-@pytest.mark.parametrize(
-    ("pattern", "message"),
-    [
-        ("/absent", "absent does not exist"),
-        ("/absent.tar", "absent.tar does not exist"),
-        ("/{00000..00003}.tar", "00003.tar does not exist"),
-        ("/*.mp4", "no .tar found"),
-        ("/00000.parquet", "no .tar found .*1 other"),
-        ("/00007.tar", "00007.tar does not exist"),
-    ],
-)
-def test_planning_what_is_not_there(folder: Path, pattern: str, message: str) -> None:
-    with pytest.raises(SourceError, match=message):
-        plan_source(WebDatasetSource(urls=f"{folder}{pattern}"))
-
-
-def test_planning_an_unbalanced_brace(folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"source\.urls: .*\{00000"):
-        plan_source(WebDatasetSource(urls=f"{folder}/{{00000..2.tar"))
-
-
-def test_two_tars_of_one_stem(folder: Path) -> None:
-    (folder / "more").mkdir()
-    (folder / "more/00001.tar").touch()
-    with pytest.raises(SourceError, match=r"'00001'.*00001\.tar and .*more/00001\.tar"):
-        plan_source(WebDatasetSource(urls=(str(folder), f"{folder}/more")))
-
-
-# From S3
-
-
-@pytest.fixture
-def bucket(s3_server: S3Server, request: pytest.FixtureRequest) -> Store:
-    store = Store(f"{s3_server.url}/{request.function.__name__}", options=s3_server.options)
-    for number in range(3):
-        store.create(f"{number:05d}.tar", SMALL_TAR)
-    return store
-
-
-@pytest.mark.parametrize("pattern", ["", "/*.tar", "/{00000..00002}.tar"])
-def test_planning_on_s3(bucket: Store, pattern: str) -> None:
-    shards = plan_source(WebDatasetSource(urls=f"{bucket.url}{pattern}", options=bucket.options)).shards
-    assert [shard.id for shard in shards] == ["00000", "00001", "00002"]
-    assert {(shard.size, shard.etag) for shard in shards} == {(len(SMALL_TAR), hashlib.md5(SMALL_TAR).hexdigest())}
-    assert shards[0].url == f"{bucket.url}/00000.tar"
-
-
-def test_reading_from_s3_through_faults(bucket: Store, s3_server: S3Server, whole: Outcome) -> None:
-    with proxy_to(s3_server) as proxy:
-        spec = WebDatasetSource(urls=f"{bucket.url}/00000.tar", options=proxy.options)
-        (shard,) = plan_source(spec).shards
-        proxy.faults.extend([Fault(cut_after=700), Fault(cut_after=2000)])
-        outcome = read_url(shard.url, planned=shard, options=proxy.options)
-        assert outcome == whole
-        assert len(proxy.requests("GET", "00000.tar")) == 3
-
-
-def test_a_long_brace_pattern_is_one_listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for number in range(100):
-        (tmp_path / f"{number:05d}.tar").write_bytes(bytes(10240))
-    pattern = f"{tmp_path}/{{00000..00099}}.tar"
-    (tmp_path / "other.tar").write_bytes(bytes(10240))
-    asked_for: list[str] = []
-
-    def ask(url: str, options: dict[str, Any]) -> ObjectInfo:
-        asked_for.append(url)
-        return object_info(url, options)
-
-    monkeypatch.setattr(tar_source, "object_info", ask)
-    shards = plan_source(WebDatasetSource(urls=pattern)).shards
-    assert [shard.id for shard in shards] == [f"{number:05d}" for number in range(100)]
-    assert {shard.size for shard in shards} == {10240}
-    assert asked_for == []
-    (tmp_path / "00042.tar").unlink()
-    with pytest.raises(SourceError, match=r"00042\.tar does not exist"):
-        plan_source(WebDatasetSource(urls=pattern))
