@@ -14,12 +14,14 @@ from filelock import FileLock
 from pydantic import Field, model_validator
 
 from cvvae import SPECS, VideoVAE, load_vae, seeded_vae
+from cvvae.shipped import shipped_checkpoint
 from pipeline.errors import ConfigError, StorageError
 from pipeline.policies import Policy, PublicUrl, StoreOptions
 from pipeline.storage import open_url
 from pipeline.store_errors import client_errors, redact
 
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+SHIPPED_SCHEME = "shipped://"
 CHECKPOINT_SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt")
 
 
@@ -27,8 +29,8 @@ class VAESource(Policy):
     """Which VAE to use: a published checkpoint, or seeded weights of a named spec for demos and tests."""
 
     checkpoint: PublicUrl | None = None
-    """A folder with config.json and safetensors, or a .ckpt file: a local path, any fsspec URL, or
-    hf://OWNER/REPOSITORY/FOLDER."""
+    """A folder with config.json and safetensors, or a .ckpt file: a local path, any fsspec URL,
+    hf://OWNER/REPOSITORY/FOLDER, or shipped://tiny-cvvae, which comes with this project."""
     spec: str | None = None
     """Name of a literal spec; its weights are random, made from `seed`. They encode nothing meaningful."""
     seed: Annotated[int, Field(ge=0)] = 0
@@ -78,6 +80,11 @@ def fetch_checkpoint(url: str, options: dict[str, Any] | None = None, *, cache: 
 
     The cache's name for it holds the sizes and ETags of its files, so that a replaced checkpoint is fetched anew.
     """
+    if url.startswith(SHIPPED_SCHEME):
+        try:
+            return shipped_checkpoint(url.removeprefix(SHIPPED_SCHEME))
+        except ValueError as error:
+            raise ConfigError(f"vae.checkpoint: {url}: {error}") from error
     if "://" not in url:
         path = Path(url).expanduser()
         if not path.exists():
