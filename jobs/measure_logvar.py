@@ -29,7 +29,7 @@ from pipeline.formats import FORMATS
 from pipeline.logvar_code import LOGVAR_LIMITS, logvar_from_int8, logvar_to_int8
 from pipeline.storage import Store
 
-SIDES = ((160, 376), (192, 320))
+SIDES = ((80, 184), (96, 160))
 Scheme = Callable[[Tensor], Tensor]
 
 

@@ -184,7 +184,10 @@ class PieceReader:
                 data = bytes(first) if first is not None else self._read(piece.shard, start, start + length, where)
                 _require(read_payload(data, where), column.dtype, shape, where)
                 column.prefixes[bucket] = data[: len(data) - nbytes], nbytes
-        return column.prefixes[bucket]
+        prefix, nbytes = column.prefixes[bucket]
+        if self._shift(prefix) + nbytes != lengths[0]:
+            raise DatasetError(f"{where}: a latent of bucket {bucket} with {lengths[0]} bytes in its index")
+        return prefix, nbytes
 
     def _read(self, number: int, start: int, stop: int, where: str) -> bytes:
         data = self._range(number, start, stop)
