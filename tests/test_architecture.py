@@ -18,7 +18,7 @@ DOORS = {
     "tensorboard": set(),  # through torch.utils.tensorboard, in pipeline/training/reports.py
     "av": {
         *("pipeline/decode/container.py", "pipeline/decode/pyav_backend.py"),
-        *("jobs/remux.py", "jobs/side_by_side.py"),
+        *("jobs/remux.py", "jobs/side_by_side.py", "jobs/make_train_data.py"),
     },
     "cv2": {"jobs/evaluation/motion.py"},
     "decord": {"pipeline/decode/decord_backend.py"},
