@@ -25,7 +25,8 @@ def main() -> None:
         from jobs.finetune_verbs import app as finetune
         from jobs.settings_reference import settings
     except ModuleNotFoundError as error:
-        _unavailable("encode", "encode", error)
+        for verb in ("encode", "repair", "retry", "gc"):
+            _unavailable(verb, "encode", error)
     else:
         app.command()(encode)
         app.command()(settings)
@@ -37,8 +38,8 @@ def main() -> None:
         from jobs.preview_window import preview
         from jobs.report_dataset import report
     except ModuleNotFoundError as error:
-        _unavailable("preview", "evaluate", error)
-        _unavailable("report", "evaluate", error)
+        for verb in ("preview", "report"):
+            _unavailable(verb, "evaluate", error)
     else:
         app.command()(preview)
         app.command()(report)

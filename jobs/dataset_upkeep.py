@@ -33,6 +33,7 @@ from pipeline.upkeep import (
     shards_with_rejections,
     take_back,
     unnamed_objects,
+    unnamed_shards,
     write_record,
 )
 from pipeline.verify import VerifyReport, verify_dataset
@@ -90,14 +91,16 @@ def run_repair(output: str, overrides: Sequence[str] = (), *, encode: Encode = r
         console.print(f"nothing to repair: {found.shards} shards, {found.windows} windows")
         return found
     _print_list(console, "found:", found.problems)
-    require_repeatable(dataset, config, found.to_encode)
-    before = readable_receipts(dataset, found.to_encode)
-    take_back(dataset, found.to_encode)
+    source_ids = require_repeatable(dataset, config, found.to_encode)
+    # what an attempt left that did not end may be damaged, and would stop the run
+    again = found.to_encode | (unnamed_shards(dataset) & source_ids)
+    before = readable_receipts(dataset, again)
+    take_back(dataset, again)
     encode(config)
     numerics = changed_numerics(before, readable_receipts(dataset, before))
     record = {
         "verb": "repair",
-        "shards": sorted(found.to_encode),
+        "shards": sorted(again),
         "problems": found.problems,
         "numerics_changed": numerics,
     }
@@ -105,7 +108,7 @@ def run_repair(output: str, overrides: Sequence[str] = (), *, encode: Encode = r
     after = verify_dataset(dataset.store)
     _warn_of_numerics(console, numerics)
     _print_list(console, "left:", after.problems)
-    console.print(f"encoded again: {', '.join(sorted(found.to_encode)) or 'no shard'}; recorded in {output}/{name}")
+    console.print(f"encoded again: {', '.join(sorted(again)) or 'no shard'}; recorded in {output}/{name}")
     return after
 
 

@@ -26,8 +26,10 @@ td small{color:var(--soft)}
 .legend{list-style:none;display:flex;flex-wrap:wrap;gap:.3rem 1.2rem;margin:.2rem 0;padding:0}
 .legend svg{width:24px;height:8px;margin-right:.4rem;vertical-align:middle}
 .strip{display:flex;gap:.8rem;overflow-x:auto;padding-bottom:.5rem}
+.strips{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(36rem,100%),1fr));gap:.6rem 2rem}
 figure{margin:0;flex:none}figcaption{font-size:.82rem;color:var(--soft);max-width:18rem}
 figure img{display:block;min-width:14rem;border-radius:4px;background:var(--line)}
+.facts td{text-align:left;white-space:normal;overflow-wrap:anywhere}
 ul.plain{padding-left:1.2rem;overflow-wrap:anywhere}
 """.strip()
 

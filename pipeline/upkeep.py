@@ -39,8 +39,11 @@ RECORDS = "upkeep"
 """Folder of a dataset: what was repaired and tried again, a JSON document each time."""
 
 
-def require_repeatable(dataset: DatasetFolder, settings: EncodeSettings, shard_ids: Collection[str]) -> None:
-    """Check that these shards can be encoded again and would be the same; nothing is changed.
+def require_repeatable(
+    dataset: DatasetFolder, settings: EncodeSettings, shard_ids: Collection[str]
+) -> frozenset[str]:
+    """Check that these shards can be encoded again and would be the same; nothing is changed. Returns the ids of all
+    shards of the source.
 
     IdentityMismatch if VAE or settings are others now, SourceError if a shard's source is gone, SourceChanged if it
     is not what it was.
@@ -59,6 +62,7 @@ def require_repeatable(dataset: DatasetFolder, settings: EncodeSettings, shard_i
         raise SourceError(f"nothing was changed: the source has no shard {', '.join(gone[:5])} any more")
     for shard_id, receipt in readable_receipts(dataset, shard_ids).items():
         require_unchanged(shards[shard_id], receipt)
+    return frozenset(shards)
 
 
 def readable_receipts(dataset: DatasetFolder, shard_ids: Collection[str]) -> dict[str, ShardReceipt]:
@@ -97,12 +101,17 @@ def unnamed_objects(dataset: DatasetFolder) -> Iterator[tuple[str, int | None]]:
                 yield f"{folder}/{name}", found.size if found else None
 
 
+def unnamed_shards(dataset: DatasetFolder) -> set[str]:
+    """Ids of shards that have a payload or an index but no receipt."""
+    return {Path(name).stem for name, _ in unnamed_objects(dataset) if not name.startswith(STAGING)}
+
+
 def require_finished(dataset: DatasetFolder) -> None:
     """DatasetError unless the dataset has its manifest: what no receipt names may be of a run under way."""
     if dataset.store.info(MANIFEST) is None:
         raise DatasetError(
-            f"{dataset.store.full_url('')} is unfinished: what no receipt names yet may belong to a run that is "
-            "under way. Finish it first (start the encode job again), then delete."
+            f"{dataset.store.full_url('')} is unfinished, and what no receipt names yet may belong to a run that "
+            "is under way. Finish it first: start the encode job again."
         )
 
 

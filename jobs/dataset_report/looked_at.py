@@ -21,6 +21,9 @@ from pipeline.formats import IndexRow, read_index
 SHARDS_PER_BUCKET = 2
 """Windows of a bucket are taken from so many shards: a source shard is read from its start up to the last of them."""
 
+SHOWN_FRAMES = 49
+"""Enough to see the borders between three tiles of 17 frames."""
+
 
 @dataclass(frozen=True, slots=True)
 class Look:
@@ -104,8 +107,8 @@ def _look(pair: WindowPair) -> Look:
         psnr=pair.psnr,
         ssim=pair.ssim,
         latent_CTHW=pair.latent_CTHW,
-        source_THWC=shrunk(pair.source_THWC),
-        decoded_THWC=shrunk(pair.decoded_THWC),
+        source_THWC=shrunk(pair.source_THWC, max_frames=SHOWN_FRAMES),
+        decoded_THWC=shrunk(pair.decoded_THWC, max_frames=SHOWN_FRAMES),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from html import escape
 
@@ -14,6 +15,7 @@ from jobs.dataset_report.latents import DEAD_STD, Components, histograms
 from jobs.dataset_report.looked_at import BucketLooks, Look
 from jobs.evaluation.charts import bar_chart, line_chart
 from jobs.evaluation.examples import MAX_SIDE, picture_uri
+from jobs.evaluation.report import windows_text
 from jobs.web_page import bullets, figure, table
 
 GRID = 4
@@ -22,6 +24,7 @@ SHOWN_CHANNELS = 16
 TIME_BINS = 30
 PICTURE_MILLISECONDS = 120
 HISTOGRAM_BINS = 12
+ENOUGH_FOR_A_DISTRIBUTION = 3
 
 
 def page_body(facts: DatasetFacts, buckets: Sequence[BucketLooks]) -> Iterator[str]:
@@ -64,7 +67,8 @@ def _identity(facts: DatasetFacts) -> Iterator[str]:
         ),
     }
     yield "<h2>Identity</h2>"
-    yield table(("", "what every latent here means"), [(escape(name), escape(text)) for name, text in rows.items()])
+    facts_table = table(("", ""), [(escape(name), escape(text)) for name, text in rows.items()])
+    yield f'<div class="facts">{facts_table}</div>'
 
 
 def _settings_text(settings: dict[str, object]) -> str:
@@ -72,7 +76,7 @@ def _settings_text(settings: dict[str, object]) -> str:
 
 
 def _bucket(found: BucketLooks, components: Components | None, facts: DatasetFacts) -> Iterator[str]:
-    yield f"<h2>{escape(found.bucket)}: {found.stored:,} windows</h2>"
+    yield f"<h2>{escape(found.bucket)}: {windows_text(found.stored)}</h2>"
     if not found.looks:
         yield "<p>No window of it was decoded.</p>"
         return
@@ -90,15 +94,22 @@ def _bucket(found: BucketLooks, components: Components | None, facts: DatasetFac
     charts.append(("PSNR by frame (dB)", by_frame))
     yield _charts(charts)
     stride = spec_from_dict(facts.manifest.identity.vae).space_stride
-    for look in found.looks[:GRID]:
-        yield _strip(look, components, stride)
-    yield "<h3>The worst of them</h3>"
-    for look in found.worst(WORST):
-        yield _strip(look, components, stride)
+    yield _strips(found.looks[:GRID], components, stride)
+    if len(found.looks) > GRID:
+        yield "<h3>The worst of them</h3>"
+        yield _strips(found.worst(WORST), components, stride)
+    else:
+        keys = ", ".join(look.key for look in found.worst(GRID))
+        yield f"<p>From the worst on: {escape(keys)}.</p>"
 
 
 def _distribution(values: Sequence[float], x_title: str, decimals: int) -> str:
+    """ "" of fewer values than make one."""
+    if len(values) < ENOUGH_FOR_A_DISTRIBUTION:
+        return ""
     low, high = min(values), max(values)
+    if high > low:
+        decimals = max(decimals, math.ceil(-math.log10((high - low) / HISTOGRAM_BINS)))
     counts, edges = np.histogram(
         values, bins=HISTOGRAM_BINS, range=(low, high) if high > low else (low - 0.5, low + 0.5)
     )
@@ -109,6 +120,10 @@ def _distribution(values: Sequence[float], x_title: str, decimals: int) -> str:
 def _charts(charts: Sequence[tuple[str, str]]) -> str:
     boxes = "".join(f"<div><h3>{escape(title)}</h3>{chart}</div>" for title, chart in charts if chart)
     return f'<div class="charts">{boxes}</div>'
+
+
+def _strips(looks: Sequence[Look], components: Components | None, stride: int) -> str:
+    return f'<div class="strips">{"".join(_strip(look, components, stride) for look in looks)}</div>'
 
 
 def _strip(look: Look, components: Components | None, stride: int) -> str:

@@ -96,9 +96,9 @@ def _small(measured: Measured) -> Measured:
     return Measured(small_window, measured.figures, decoded, None)
 
 
-def shrunk(frames_THWC: np.ndarray) -> np.ndarray:
-    """uint8 frames as they are shown: the first MAX_FRAMES, with the longer side MAX_SIDE at most."""
-    frames_THWC = frames_THWC[:MAX_FRAMES]
+def shrunk(frames_THWC: np.ndarray, *, max_frames: int = MAX_FRAMES) -> np.ndarray:
+    """uint8 frames as they are shown: the first `max_frames`, with the longer side MAX_SIDE at most."""
+    frames_THWC = frames_THWC[:max_frames]
     _, height, width, _ = frames_THWC.shape
     ratio = min(1.0, MAX_SIDE / max(height, width))
     if ratio == 1.0:

@@ -50,7 +50,7 @@ def everything(folder: Path) -> dict[str, bytes]:
 
 
 def harm(folder: Path) -> None:
-    """A flipped byte in a payload, an index that is gone, a receipt that is gone, a receipt that is none."""
+    """A flipped byte in a payload, an index that is gone, a receipt that is none."""
     payload = folder / "shards" / "00000.tar"
     content = bytearray(payload.read_bytes())
     content[-4000] ^= 1
@@ -81,6 +81,15 @@ def test_a_repair_that_was_killed_is_ended_by_another(dataset: Path, finished: P
         run_repair(str(dataset), encode=killed)  # type: ignore[arg-type]
     assert not (dataset / "manifest.json").exists(), "readers refuse what is half repaired"
     run(recorded_config(str(dataset)))
+    assert everything(dataset) == everything(finished)
+
+
+def test_repair_of_a_shard_that_lost_its_receipt_and_is_damaged(dataset: Path, finished: Path, run: Run) -> None:
+    """The payload is there, is no whole one, and no receipt speaks of it."""
+    (dataset / "receipts" / "00000.json").unlink()
+    (dataset / "shards" / "00000.tar").write_bytes(b"half")
+    (dataset / "manifest.json").unlink()
+    assert run_repair(str(dataset), encode=run).good
     assert everything(dataset) == everything(finished)
 
 

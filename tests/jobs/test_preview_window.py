@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -72,6 +73,14 @@ def test_other_files_and_other_weights(dataset: Path, tmp_path: Path) -> None:
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+def test_without_a_key_the_first_clips_are_shown(dataset: Path, tmp_path: Path) -> None:
+    code, said = look(dataset, "--output", tmp_path / "look.png")
+    assert code == 0, said
+    assert said.count("PSNR") == 2
+    with Image.open(tmp_path / "look.png") as image:
+        assert image.height == 2 * (2 * 256 + LABEL_HEIGHT) + GAP
+
+
 def test_the_source_may_have_moved(dataset: Path, tmp_path: Path) -> None:
     moved = tmp_path / "moved"
     shutil.copytree(dataset.parent / "source", moved)
@@ -85,7 +94,12 @@ def test_what_is_refused_says_why(dataset: Path, tmp_path: Path) -> None:
     png = tmp_path / "look.png"
     code, said = look(dataset, "000000000", "--vae", "cvvae-sd21-tiny", "--output", png)
     assert (code, "there are 000000000_00000" in said) == (1, True), said
-    code, said = look(dataset, "000000000_00000", "--output", png)
+    run = json.loads((dataset / "run.json").read_bytes())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run.json").write_text(json.dumps({**run, "config": {}}))
+    for name in ("receipts", "index", "shards"):
+        shutil.copytree(dataset / name, tmp_path / "out" / name)
+    code, said = look(tmp_path / "out", "000000000_00000", "--output", png)
     assert (code, "name it with --vae" in said) == (1, True), said
     code, said = look(dataset, "000000000_00000", "--vae", "cvvae-sd3-tiny", "--output", png)
     assert (code, "latent_channels" in said) == (1, True), said

@@ -97,3 +97,10 @@ def test_deviation_is_relative_to_the_reference() -> None:
     found = Deviation.between(reference * 1.5, reference)
     assert found.relative_rms == pytest.approx(0.5)
     assert found.largest == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("spec", ["ivvae-z4-tiny", "open-sora-1.2-tiny"])
+def test_one_pass_is_only_asked_of_tiles_that_share_frames(spec: str) -> None:
+    """A stream has no tiles; Open-Sora's clips of 17 share nothing, and one pass over two would be another model."""
+    encoder = TileEncoder(seeded_vae(SPECS[spec], 0), EncodePolicy(), torch.device("cpu"), threads=1)
+    assert encoder.encode_untiled(np.zeros((34 if "open-sora" in spec else 33, 32, 32, 3), np.uint8)) is None
