@@ -12,17 +12,24 @@ OF_EXTRAS = frozenset({"ray", "av", "psutil", "PIL"})
 
 def main() -> None:
     """Entry point. Verbs are imported here, so that a missing extra takes away only what needs it."""
+    from jobs.show_status import status
     from jobs.verify_dataset import verify
 
     app.command()(verify)
+    app.command()(status)
     try:
+        from jobs.doctor import doctor
         from jobs.encode_webvid import encode
         from jobs.finetune_verbs import app as finetune
+        from jobs.plan_encode import plan
         from jobs.settings_reference import settings
     except ModuleNotFoundError as error:
-        _unavailable("encode", "encode", error)
+        for verb in ("encode", "plan", "doctor"):
+            _unavailable(verb, "encode", error)
     else:
         app.command()(encode)
+        app.command()(plan)
+        app.command()(doctor)
         app.command()(settings)
         app.add_typer(finetune, name="finetune")
     try:
