@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -27,8 +27,8 @@ class EncoderActivity:
         self._clock = clock
         self._guard = threading.Lock()
         self._active: Counter[str] = Counter()
-        self._seconds = dict.fromkeys(STATES, 0.0)
-        self._counts: Counter[str] = Counter()
+        self._seconds: dict[str, float] = dict.fromkeys(STATES, 0.0)
+        self._counts: defaultdict[str, float] = defaultdict(float)
         self._since = clock()
 
     @contextmanager
