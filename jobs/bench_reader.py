@@ -92,7 +92,9 @@ def make_datasets(base: Path, spec: str, nbytes: int) -> dict[str, str]:
     """Large ones in `base`, small ones for the store in it, a folder per format; why a format could not be made."""
     sizes = {base: nbytes, base / STORE: nbytes // 8}
     ours: tuple[FormatName, ...] = ("webdataset", "parquet")
-    wanted = [(home, name) for home in sizes for name in ours if not (home / name / "manifest.json").exists()]
+    wanted: list[tuple[Path, FormatName]] = [
+        (home, name) for home in sizes for name in ours if not (home / name / "manifest.json").exists()
+    ]
     if wanted:
         from jobs.reader_latents import encode_real, write_repeated  # here: each reader's process imports this file
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import typer
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Video latents for diffusion training.")
@@ -10,49 +12,40 @@ OF_EXTRAS = frozenset({"ray", "av", "psutil", "PIL"})
 """Packages that the extras bring and the modules of verbs import."""
 
 
-def main() -> None:
-    """Entry point. Verbs are imported here, so that a missing extra takes away only what needs it."""
-    from jobs.compare_datasets import diff
-    from jobs.export_dataset import export
-    from jobs.verify_dataset import verify
+VERBS = {
+    "verify": ("jobs.verify_dataset", ""),
+    "status": ("jobs.show_status", ""),
+    "diff": ("jobs.compare_datasets", ""),
+    "export": ("jobs.export_dataset", ""),
+    "encode": ("jobs.encode_webvid", "encode"),
+    "plan": ("jobs.plan_encode", "encode"),
+    "doctor": ("jobs.doctor", "encode"),
+    "repair": ("jobs.dataset_upkeep", "encode"),
+    "retry": ("jobs.dataset_upkeep", "encode"),
+    "gc": ("jobs.dataset_upkeep", "encode"),
+    "settings": ("jobs.settings_reference", "encode"),
+    "finetune": ("jobs.finetune_verbs", "encode"),
+    "preview": ("jobs.preview_window", "evaluate"),
+    "report": ("jobs.report_dataset", "evaluate"),
+    "drift": ("jobs.drift_dataset", "evaluate"),
+    "evaluate": ("jobs.evaluate_vae", "evaluate"),
+    "ablate": ("jobs.ablate_vae", "evaluate"),
+}
+"""Each verb's module, which has a function (or a typer.Typer named `app`) for it, and the extra that it needs."""
 
-    app.command()(verify)
-    app.command()(diff)
-    app.command()(export)
-    try:
-        from jobs.dataset_upkeep import gc, repair, retry
-        from jobs.encode_webvid import encode
-        from jobs.finetune_verbs import app as finetune
-        from jobs.settings_reference import settings
-    except ModuleNotFoundError as error:
-        for verb in ("encode", "repair", "retry", "gc"):
-            _unavailable(verb, "encode", error)
-    else:
-        app.command()(encode)
-        app.command()(settings)
-        app.command()(repair)
-        app.command()(retry)
-        app.command()(gc)
-        app.add_typer(finetune, name="finetune")
-    try:
-        from jobs.preview_window import preview
-        from jobs.report_dataset import report
-    except ModuleNotFoundError as error:
-        for verb in ("preview", "report"):
-            _unavailable(verb, "evaluate", error)
-    else:
-        app.command()(preview)
-        app.command()(report)
-    try:
-        from jobs.ablate_vae import ablate
-        from jobs.drift_dataset import drift
-        from jobs.evaluate_vae import evaluate
-    except ModuleNotFoundError as error:
-        _unavailable("evaluate", "evaluate", error)
-    else:
-        app.command()(evaluate)
-        app.command()(drift)
-        app.command()(ablate)
+
+def main() -> None:
+    """Entry point. A missing extra takes away only the verbs that need it."""
+    for verb, (module_name, extra) in VERBS.items():
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            _unavailable(verb, extra, error)
+            continue
+        if hasattr(module, verb):
+            app.command(verb)(getattr(module, verb))
+        else:
+            app.add_typer(module.app, name=verb)
     app()
 
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from cvvae import SPECS
 from pipeline.checkpoints import VAESource
+from pipeline.error_budget import ErrorBudget
 from pipeline.errors import ConfigError
 from pipeline.policies import Policy, refuse_secrets
 from pipeline.run import EncodeSettings
@@ -55,10 +56,22 @@ class ClusterConfig(Policy):
     """Ray ends the run if nothing at all comes back for this long."""
 
 
+class LogConfig(Policy):
+    """What a run writes to stderr, which is the log of a submitted job."""
+
+    format: Literal["auto", "none", "key_value", "json"] = "auto"
+    """A line for each shard that is committed, each rejection with its key and cause, and each warning. auto:
+    key_value, or none on a terminal, where a progress bar shows the run. none: warnings alone."""
+    stalled_seconds: Annotated[float, Field(ge=10)] = 300.0
+    """A warning names an encoder that has shards in work and has not moved for this long."""
+
+
 class EncodeConfig(EncodeSettings):
     """configs/encode/*.yaml"""
 
     cluster: ClusterConfig = ClusterConfig()
+    error_budget: ErrorBudget = ErrorBudget()
+    log: LogConfig = LogConfig()
 
 
 def load_config(model: type[ConfigType], path: Path | str, overrides: Sequence[str] = ()) -> ConfigType:

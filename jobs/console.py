@@ -20,6 +20,8 @@ from rich.table import Table
 
 from pipeline.dataflow import ActorShape
 from pipeline.documents import Counts, Manifest, ShardReceipt
+from pipeline.planning.compare import Compared
+from pipeline.planning.estimate import Estimate
 from pipeline.run import EncodeSettings, RunLog, RunPlan
 
 STAGES = {"wait for encoder": "wait for the VAE, busy with another shard"}
@@ -141,6 +143,16 @@ class RunDisplay:
             self._console.print(f"[yellow]set aside: {', '.join(manifest.set_aside)}[/]")
         self._console.print(f"dataset: {plan.dataset.store.full_url('')}", soft_wrap=True)
 
+    def compared(self, compared: list[Compared]) -> None:
+        """What was planned beside what came, if there was a plan."""
+        if not compared:
+            return
+        table = Table("figure", "planned", "came", "", title="plan against what came", title_justify="left")
+        for one in compared:
+            mark = "" if one.inside else "[yellow]outside[/]"
+            table.add_row(one.name, shown(one.planned), _figure(one.actual), mark)
+        self._console.print(table)
+
     def _time_table(self, log: RunLog) -> Table:
         wall = time.time() - log.started
         frames = self._counts.frames_stored
@@ -154,6 +166,15 @@ class RunDisplay:
         for name, value in stages.items():
             table.add_row(f"  {STAGES.get(name, name)}", f"{value:.1f} s over all shards")
         return table
+
+
+def shown(estimate: Estimate) -> str:
+    """A figure with its interval."""
+    return f"{_figure(estimate.value)} ({_figure(estimate.low)} to {_figure(estimate.high)})"
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _number(count: int, noun: str, plural: str = "s") -> str:

@@ -5,6 +5,9 @@ shuffled order. Other libraries leave the sorting by shape to their user: `batch
 Their packages are imported where they are used, so that one that is missing costs its own row only.
 """
 
+# packages of other projects, some without types, some not installed everywhere
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import io
@@ -106,7 +109,7 @@ def read_hf_datasets(place: Place, skip: int) -> Batches:
     from datasets import load_dataset
 
     columns = ["caption", "vae_latent_bytes", "vae_latent_shape"]
-    options = {"storage_options": place.options} if place.options else {}
+    options: dict[str, Any] = {"storage_options": place.options} if place.options else {}
     dataset = load_dataset(
         "parquet", data_files=[*place.shards], split="train", streaming=True, columns=columns, **options
     ).shuffle(seed=0, buffer_size=BUFFER_ROWS)

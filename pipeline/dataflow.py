@@ -34,8 +34,11 @@ from pipeline.checkpoints import VAESource, load_source
 from pipeline.decode.pool import DecodePool
 from pipeline.encoder import TileEncoder
 from pipeline.errors import ConfigError, PipelineError, ShardError
+from pipeline.event_log import LogFormat, set_up_log
+from pipeline.metrics import MetricsExport
 from pipeline.policies import EncodePolicy
 from pipeline.records import VideoShard, printable
+from pipeline.run_monitor import Figures, RunMonitor, RunProgress
 from pipeline.scratch import Scratch
 from pipeline.shard import ShardEncoder, ShardFailed, ShardJob, ShardOutcome, ShardPoisoned, ShardStored
 
@@ -63,30 +66,6 @@ _SHARD = TypeAdapter(VideoShard)
 _OUTCOME: TypeAdapter[ShardOutcome] = TypeAdapter(ShardOutcome)
 
 
-class RunMonitor:
-    """A small actor beside the driver: attempts per shard and how far each encoder is."""
-
-    def __init__(self) -> None:
-        self._begun: dict[str, int] = {}
-        self._progress: dict[str, dict[str, float]] = {}
-
-    def attempts(self, shard_id: str) -> int:
-        """How often the shard was begun without an end."""
-        return self._begun.get(shard_id, 0)
-
-    def begin(self, shard_id: str) -> None:
-        self._begun[shard_id] = self._begun.get(shard_id, 0) + 1
-
-    def end(self, shard_id: str) -> None:
-        self._begun.pop(shard_id, None)
-
-    def report(self, encoder_id: str, figures: dict[str, float]) -> None:
-        self._progress[encoder_id] = figures
-
-    def progress(self) -> dict[str, dict[str, float]]:
-        return self._progress
-
-
 class ShardRunner(Protocol):
     """What an actor does with its shards."""
 
@@ -102,7 +81,10 @@ class ShardRunner(Protocol):
 class _Replica:
     """A VAE replica, its decode children, and the shard code."""
 
-    def __init__(self, job: ShardJob, vae: VAESource, encode: EncodePolicy, shape: ActorShape) -> None:
+    def __init__(
+        self, job: ShardJob, vae: VAESource, encode: EncodePolicy, shape: ActorShape, log_format: LogFormat
+    ) -> None:
+        set_up_log(log_format)
         model = load_source(vae)
         if model.weights_sha256 != job.identity.weights_sha256:
             raise PipelineError(
@@ -111,14 +93,31 @@ class _Replica:
             )
         device = torch.device("cuda" if shape.num_gpus else "cpu")
         self._tiles = TileEncoder(model, encode, device, threads=None if shape.num_gpus else shape.encode_threads)
-        pool = DecodePool(job.decode, shape.decode_children)
-        self._encoder = ShardEncoder(job, self._tiles, pool, Scratch())
+        self._pool = DecodePool(job.decode, shape.decode_children)
+        self._encoder = ShardEncoder(job, self._tiles, self._pool, Scratch())
+        self._metrics = MetricsExport(job.store.full_url(""), ray.get_runtime_context().get_actor_id() or "")
 
     def run(self, shard: VideoShard) -> ShardStored:
         return self._encoder.run(shard)
 
     def figures(self) -> dict[str, float]:
-        return asdict(self._tiles.clock)
+        figures = figures_of(self._tiles, self._pool)
+        self._metrics.publish(figures)
+        return figures
+
+
+def figures_of(tiles: TileEncoder, pool: DecodePool) -> Figures:
+    """What an encoder did up to now, and what waits for it, by name."""
+    clips, windows = pool.depth()
+    return {
+        **asdict(tiles.clock),
+        **tiles.activity.figures(),
+        **tiles.device_memory(),
+        "clips_waiting": clips,
+        "windows_waiting": windows,
+        "decode_children": len(pool.child_pids()),
+        "retries.decode_child": pool.children_replaced,
+    }
 
 
 class EncodeShards:
@@ -131,6 +130,7 @@ class EncodeShards:
     def __init__(self, set_up: Callable[[], ShardRunner], max_attempts: int, monitor: Any) -> None:
         self._monitor = monitor
         self._max_attempts = max_attempts
+        self._encoder_id = ray.get_runtime_context().get_actor_id() or ""
         self._gate = _AloneGate()
         self._runner: ShardRunner | str
         try:
@@ -159,16 +159,15 @@ class EncodeShards:
         if before >= self._max_attempts:
             return ShardPoisoned(shard_id=shard.id, poison_attempts=before)
         with self._gate.enter(alone=before > 0):
-            ray.get(self._monitor.begin.remote(shard.id))
+            ray.get(self._monitor.begin.remote(shard.id, self._encoder_id))
             outcome = self._runner.run(shard)
             ray.get(self._monitor.end.remote(shard.id))
         return outcome
 
     def _report_for_ever(self, runner: ShardRunner) -> None:
-        encoder_id = ray.get_runtime_context().get_actor_id() or ""
         while True:
             time.sleep(PROGRESS_INTERVAL)
-            self._monitor.report.remote(encoder_id, runner.figures())
+            self._monitor.report.remote(self._encoder_id, runner.figures())
 
 
 def _said(error: Exception) -> str:
@@ -232,14 +231,16 @@ def encode_shards(
     encode: EncodePolicy,
     shape: ActorShape,
     *,
-    on_progress: Callable[[dict[str, dict[str, float]]], None] | None = None,
+    on_progress: Callable[[RunProgress], None] | None = None,
+    log_format: LogFormat = "none",
 ) -> Generator[ShardOutcome, None, None]:
     """Encode and store the shards on the connected Ray cluster; yield each outcome as it comes, in any order.
 
     Close the generator before the connection. PipelineError if Ray gives up: nothing came back for too long, or it
     lost what it cannot restart.
     """
-    return run_shards(shards, partial(_Replica, job, vae, encode, shape), shape, on_progress=on_progress)
+    set_up = partial(_Replica, job, vae, encode, shape, log_format)
+    return run_shards(shards, set_up, shape, on_progress=on_progress)
 
 
 def run_shards(
@@ -247,7 +248,7 @@ def run_shards(
     set_up: Callable[[], ShardRunner],
     shape: ActorShape,
     *,
-    on_progress: Callable[[dict[str, dict[str, float]]], None] | None = None,
+    on_progress: Callable[[RunProgress], None] | None = None,
 ) -> Generator[ShardOutcome, None, None]:
     """`encode_shards` with any runner: each actor calls `set_up`, which must pickle, once."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -284,14 +285,14 @@ def run_shards(
 
 
 @contextmanager
-def _polling(monitor: Any, on_progress: Callable[[dict[str, dict[str, float]]], None] | None) -> Iterator[None]:
+def _polling(monitor: Any, on_progress: Callable[[RunProgress], None] | None) -> Iterator[None]:
     """Call back with the encoders' figures every few seconds while rows are awaited."""
     leaving = threading.Event()
 
     def poll() -> None:
         while on_progress is not None and not leaving.wait(PROGRESS_INTERVAL):
             try:
-                on_progress(cast("dict[str, dict[str, float]]", ray.get(monitor.progress.remote(), timeout=10)))
+                on_progress(cast(RunProgress, ray.get(monitor.progress.remote(), timeout=10)))
             except RayError as error:
                 log.warning("no progress figures: %s", error)
 

@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.documents import (
     FORMAT_VERSION,
+    Counts,
     Manifest,
     RunFile,
     ShardReceipt,
@@ -67,6 +68,21 @@ class ReceiptHead(BaseModel):
     shard_id: str
     fingerprint: str
     source: SourceRecord
+
+
+class ReceiptSummary(BaseModel):
+    """What the totals of a run in progress are made of; the rest of a receipt is not looked at."""
+
+    class _Class(BaseModel):
+        error_class: str
+
+    model_config = ConfigDict(frozen=True)
+
+    format_version: Literal[1] = FORMAT_VERSION
+    shard_id: str
+    counts: Counts
+    rejections: tuple[_Class, ...]
+    payload: StoredObject
 
 
 class DatasetFolder:
@@ -144,6 +160,19 @@ class DatasetFolder:
 
         yield from _read_ahead(read, committed)
         self.packs.flush()
+
+    def receipt_summaries(self, committed: Mapping[str, str | None]) -> Iterator[ReceiptSummary]:
+        """Summaries of receipts, in the order of `committed`; nothing is written, packs are read where they help."""
+        packed = self.packs.load(committed)
+
+        def read(shard_id: str) -> ReceiptSummary:
+            content = packed.get(shard_id) or self._read(receipt_name(shard_id))
+            try:
+                return ReceiptSummary.model_validate_json(content)
+            except ValidationError:  # the whole receipt says better what is wrong with it
+                return ReceiptSummary.model_validate(self._parse(shard_id, content).model_dump())
+
+        return _read_ahead(read, committed)
 
     def _parse(self, shard_id: str, content: bytes) -> ShardReceipt:
         return ShardReceipt.from_bytes(content, self.store.full_url(receipt_name(shard_id)))

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from cvvae import DiagonalGaussian, Tile, VideoVAE
 from cvvae.conv_probe import ConvProbe, probe_conv3d
+from pipeline.activity import ENCODE, EncoderActivity
 from pipeline.errors import ConfigError
 from pipeline.formats.tensors import TORCH_DTYPES
 from pipeline.policies import DTypeName, EncodePolicy
@@ -77,6 +78,15 @@ class EncodeClock:
     filler_tiles: int = 0
 
 
+class BatchTooLarge(Exception):
+    """The device ran out of memory over a batch. Caught by who encodes a shard, which then starts over."""
+
+    def __init__(self, shape: tuple[int, int, int], batch_pixels: int) -> None:
+        super().__init__(f"a batch of tiles {shape} at batch_pixels {batch_pixels}")
+        self.shape = shape
+        self.batch_pixels = batch_pixels
+
+
 class TileEncoder:
     """One VAE replica and the rule by which tiles are batched. May be used from several threads.
 
@@ -95,6 +105,9 @@ class TileEncoder:
         self.device = device
         self.spec = vae.spec
         self.clock = EncodeClock()
+        self.activity = EncoderActivity()
+        self.batch_pixels = policy.batch_pixels
+        """Of the shards that are begun from now on: the policy's, or less once the device ran out of memory."""
         self._memory_format = _memory_format(policy)
         self._vae = vae.eval().requires_grad_(False).to(device=device, dtype=TORCH_DTYPES[policy.dtype])
         self._vae.use_memory_format(self._memory_format)
@@ -105,13 +118,25 @@ class TileEncoder:
             probed = self._thread.submit(probe_conv3d, dtype, device, self._memory_format).result()
             check_convolutions(probed, policy.dtype, device)
 
-    def batch_size(self, tile_shape: tuple[int, int, int]) -> int:
-        """Tiles of (T, H, W) in one batch.
+    def shrink(self, batch: BatchTooLarge) -> bool:
+        """Halve the batches of shards begun from now on, unless another shard has done so since; False if the batch
+        that did not fit held a single tile."""
+        size = self.batch_size(batch.shape, batch.batch_pixels)
+        if size == 1:
+            return False
+        pixels = batch.batch_pixels // 2
+        while self.batch_size(batch.shape, pixels) == size:
+            pixels //= 2
+        self.batch_pixels = min(self.batch_pixels, pixels)
+        return True
+
+    def batch_size(self, tile_shape: tuple[int, int, int], batch_pixels: int | None = None) -> int:
+        """Tiles of (T, H, W) in one batch; `batch_pixels` are those of a shard that was begun before.
 
         Tiles shorter than a whole one come from tails and are few: their batches are a quarter, so that less of the
         last one is filler.
         """
-        pixels = self.policy.batch_pixels
+        pixels = batch_pixels or self.batch_pixels
         if self.spec.longest_tile is not None and tile_shape[0] < self.spec.longest_tile:
             pixels //= _TAIL_BATCH_SHARE
         return max(1, pixels // int(np.prod(tile_shape)))
@@ -123,12 +148,24 @@ class TileEncoder:
         """A batcher for one shard (batches never mix shards); `clock` takes the time its batches need."""
         return TileBatcher(self, clock or StageClock())
 
-    def encode(self, frames_BTHWC: np.ndarray, clock: StageClock, *, num_frames: int | None = None) -> Tensor:
+    def encode(
+        self,
+        frames_BTHWC: np.ndarray,
+        clock: StageClock,
+        *,
+        num_frames: int | None = None,
+        batch_pixels: int | None = None,
+    ) -> Tensor:
         """Raw moments (B, 2C, t, h, w), float32 on the CPU, of a full batch of uint8 tiles of windows of `num_frames`
-        frames; None: the tiles are whole windows."""
+        frames; None: the tiles are whole windows. BatchTooLarge, with `batch_pixels`, if the device's memory does not
+        suffice."""
         asked = time.perf_counter()
         length = num_frames or frames_BTHWC.shape[1]
-        moments, started, ended = self._thread.submit(self._encode, frames_BTHWC, length).result()
+        encoded = self._thread.submit(self._encode, frames_BTHWC, length).result()
+        if encoded is None:
+            _, *shape, _ = frames_BTHWC.shape
+            raise BatchTooLarge((shape[0], shape[1], shape[2]), batch_pixels or self.batch_pixels)
+        moments, started, ended = encoded
         clock.add("wait for encoder", started - asked)
         clock.add("encode", ended - started)
         return moments
@@ -161,8 +198,19 @@ class TileEncoder:
         video_BCTHW = frames.permute(0, 4, 1, 2, 3).float().div_(127.5).sub_(1.0)
         return video_BCTHW.to(dtype=TORCH_DTYPES[self.policy.dtype], memory_format=self._memory_format)
 
+    def _encode(self, frames_BTHWC: np.ndarray, num_frames: int) -> tuple[Tensor, float, float] | None:
+        """None if the device ran out of memory. Not an exception: its traceback would hold on to the tensors."""
+        with self.activity.during(ENCODE):
+            try:
+                return self._encode_batch(frames_BTHWC, num_frames)
+            except torch.OutOfMemoryError as error:
+                log.warning("device out of memory: batch=%s: %s", list(frames_BTHWC.shape), str(error).split(". ")[0])
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
+
     @torch.inference_mode()
-    def _encode(self, frames_BTHWC: np.ndarray, num_frames: int) -> tuple[Tensor, float, float]:
+    def _encode_batch(self, frames_BTHWC: np.ndarray, num_frames: int) -> tuple[Tensor, float, float]:
         started = time.perf_counter()
         moments = self._encode_tile(self._video(frames_BTHWC), num_frames=num_frames).to("cpu", torch.float32)
         ended = time.perf_counter()
@@ -170,8 +218,19 @@ class TileEncoder:
         self.clock.frames += frames_BTHWC.shape[0] * frames_BTHWC.shape[1]
         return moments, started, ended
 
-    def numerics(self) -> dict[str, Any]:
-        """What decides the last bits of the numbers: recorded in every receipt, not part of the identity."""
+    def device_memory(self) -> dict[str, float]:
+        """Bytes of the GPU's memory that PyTorch holds, by name; nothing on a CPU."""
+        if self.device.type != "cuda":
+            return {}
+        return {
+            "gpu_bytes.allocated": torch.cuda.memory_allocated(self.device),
+            "gpu_bytes.reserved": torch.cuda.memory_reserved(self.device),
+            "gpu_bytes.peak": torch.cuda.max_memory_allocated(self.device),
+        }
+
+    def numerics(self, batch_pixels: int | None = None) -> dict[str, Any]:
+        """What decides the last bits of the numbers: recorded in every receipt, not part of the identity.
+        `batch_pixels` are those that a shard was encoded with."""
         if self.device.type == "cuda":
             device = torch.cuda.get_device_name(self.device)
             threads = None
@@ -181,7 +240,7 @@ class TileEncoder:
         return {
             "device": device,
             "threads": threads,
-            "batch_pixels": self.policy.batch_pixels,
+            "batch_pixels": batch_pixels or self.batch_pixels,
             "tail_batch_share": _TAIL_BATCH_SHARE,
             "memory_format": str(self._vae.memory_format).removeprefix("torch."),
             "compile": self.policy.compile,
@@ -196,6 +255,8 @@ class TileBatcher(Generic[Token]):
     def __init__(self, encoder: TileEncoder, clock: StageClock) -> None:
         self._encoder = encoder
         self._clock = clock
+        self.batch_pixels = encoder.batch_pixels
+        """Fixed for the whole shard, whatever becomes of another one."""
         self._pending: dict[_BatchKind, list[_PendingTile[Token]]] = {}
 
     def add(self, frames_THWC: np.ndarray, token: Token) -> Iterator[tuple[Token, DiagonalGaussian]]:
@@ -208,7 +269,7 @@ class TileBatcher(Generic[Token]):
             kind = _BatchKind(shape, self._encoder.spec.encode_tiling_of(len(frames_THWC), *shape[1:]) is not None)
             queue = self._pending.setdefault(kind, [])
             queue.append(_PendingTile(frames, tile.drop, position, window))
-            if len(queue) == self._encoder.batch_size(shape):
+            if len(queue) == self._encoder.batch_size(shape, self.batch_pixels):
                 yield from self._encode(kind)
 
     def flush(self) -> Iterator[tuple[Token, DiagonalGaussian]]:
@@ -220,14 +281,15 @@ class TileBatcher(Generic[Token]):
     def _encode(self, kind: _BatchKind) -> Iterator[tuple[Token, DiagonalGaussian]]:
         pending, self._pending[kind] = self._pending[kind], []
         shape = kind.shape
-        size = self._encoder.batch_size(shape)
+        size = self._encoder.batch_size(shape, self.batch_pixels)
         batch = np.zeros((size, *shape, 3), dtype=np.uint8)
         for slot, tile in zip(batch, pending, strict=False):
             slot[:] = tile.frames_THWC
         self._encoder.clock.tiles += len(pending)
         self._encoder.clock.filler_tiles += size - len(pending)
         # windows of one kind are cut alike in space, so any of their lengths will do
-        moments = self._encoder.encode(batch, self._clock, num_frames=pending[0].window.num_frames)
+        length = pending[0].window.num_frames
+        moments = self._encoder.encode(batch, self._clock, num_frames=length, batch_pixels=self.batch_pixels)
         for index, tile in enumerate(pending):
             window = tile.window
             window.moments[tile.position] = moments[index : index + 1, :, tile.drop :]
@@ -240,15 +302,17 @@ class TileBatcher(Generic[Token]):
 
 @dataclass(slots=True)
 class StageClock:
-    """Seconds per stage of a shard's work, for the report."""
+    """Seconds per stage of a shard's work, for the report; `activity` learns which stage goes on."""
 
+    activity: EncoderActivity = field(default_factory=EncoderActivity)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextlib.contextmanager
     def measure(self, stage: str) -> Iterator[None]:
         started = time.perf_counter()
         try:
-            yield
+            with self.activity.during(stage):
+                yield
         finally:
             self.add(stage, time.perf_counter() - started)
 

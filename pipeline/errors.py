@@ -9,6 +9,7 @@
     ├── DatasetError           what is stored is not what its receipt says
     ├── ShardError             one shard cannot be finished; carries the shard id
     │   └── PoisonShard        it ended its encode actor too often
+    ├── ErrorBudgetExceeded    too large a share of the samples was rejected
     └── ClipError              one clip or window is refused; becomes a Rejection
 
 A ClipError never leaves the per-clip boundary: it is data (`Rejection`), not a failure of the run.
@@ -87,6 +88,10 @@ class ShardError(PipelineError):
 
 class PoisonShard(ShardError):
     """A shard ended its encode actor too often to be tried again."""
+
+
+class ErrorBudgetExceeded(PipelineError):
+    """Too large a share of a run's samples was rejected; what is committed stays."""
 
 
 class ClipError(PipelineError):

@@ -5,13 +5,11 @@ Everything a user gave is checked in `plan_run`, before a cluster is used.
 
 from __future__ import annotations
 
-import platform
 import time
-import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from cvvae import VAESpec, VideoVAE
@@ -32,6 +30,7 @@ from pipeline.policies import (
     WindowPolicy,
 )
 from pipeline.records import VideoShard
+from pipeline.run_log import RunLog
 from pipeline.shard import ShardFailed, ShardJob, ShardOutcome, ShardPoisoned, ShardStored
 from pipeline.sources import SourceSpec, count_samples, plan_source
 from pipeline.storage import Store
@@ -167,36 +166,6 @@ def _without_committed(
         if shard is not None:
             require_unchanged(shard, receipt)
     return tuple(todo.values())
-
-
-@dataclass(slots=True)
-class RunLog:
-    """Times and rates of one run: goes to runs/ID.json, never into the dataset's own documents."""
-
-    run_id: str = field(
-        default_factory=lambda: f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{uuid.uuid4().hex[:6]}"
-    )
-    started: float = field(default_factory=time.time)
-    shard_seconds: dict[str, dict[str, float]] = field(default_factory=dict)
-    finished_at: dict[str, float] = field(default_factory=dict)
-    set_aside: list[str] = field(default_factory=list)
-
-    def note(self, shard_id: str, seconds: dict[str, float]) -> None:
-        self.shard_seconds[shard_id] = {name: round(value, 3) for name, value in seconds.items()}
-        self.finished_at[shard_id] = round(time.time() - self.started, 3)
-
-    def report(self, cluster: dict[str, Any], outcome: str) -> dict[str, Any]:
-        return {
-            "run_id": self.run_id,
-            "started_unix": round(self.started, 3),
-            "wall_seconds": round(time.time() - self.started, 3),
-            "outcome": outcome,
-            "driver_host": platform.node(),
-            "cluster": cluster,
-            "shard_seconds": self.shard_seconds,
-            "committed_after_seconds": self.finished_at,
-            "set_aside": self.set_aside,
-        }
 
 
 def commit_all(

@@ -17,16 +17,17 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from cvvae import DiagonalGaussian
+from pipeline.activity import SHARD, EncoderActivity
 from pipeline.dataset import describe_file, describe_stored, index_name, shard_name
 from pipeline.decode.pool import ClipDone, ClipRetracted, DecodeEvent, DecodePool, WindowReady
 from pipeline.documents import Document, RejectionRecord, RunIdentity, ShardReceipt, SourceRecord, StoredObject
-from pipeline.encoder import StageClock, TileBatcher, TileEncoder
+from pipeline.encoder import BatchTooLarge, StageClock, TileBatcher, TileEncoder
 from pipeline.errors import ClipError, DatasetError, RejectionClass, ShardError
 from pipeline.formats import FORMATS, ShardHeader, write_index
 from pipeline.formats.tensors import TORCH_DTYPES
@@ -90,11 +91,29 @@ class ShardFailed(Document):
 ShardOutcome = ShardStored | ShardPoisoned | ShardFailed
 
 
+class ReadShard(Protocol):
+    """`pipeline.sources.read_shard`, or a part of what it gives."""
+
+    def __call__(
+        self, shard: VideoShard, spec: SourceSpec, /, *, max_clip_bytes: int, digest: SourceDigest
+    ) -> Iterator[Clip | Rejection]: ...
+
+
 class ShardEncoder:
     """Encodes shards with one VAE replica and one pool of decode children. `run` may be called by two threads."""
 
-    def __init__(self, job: ShardJob, encoder: TileEncoder, pool: DecodePool, scratch: Scratch) -> None:
+    def __init__(
+        self,
+        job: ShardJob,
+        encoder: TileEncoder,
+        pool: DecodePool,
+        scratch: Scratch,
+        *,
+        read: ReadShard = read_shard,
+    ) -> None:
+        """`read` gives a shard's samples; a plan gives a part of them."""
         self.job = job
+        self._read = read
         self._encoder = encoder
         self._pool = pool
         self._scratch = scratch
@@ -104,16 +123,25 @@ class ShardEncoder:
     def run(self, shard: VideoShard) -> ShardStored:
         """Encode and store one shard. ShardError if what is stored under its name cannot be ours, or if there is no
         local room for it."""
-        clock = StageClock()
+        with self._encoder.activity.during(SHARD):
+            return self._run(shard, StageClock(self._encoder.activity))
+
+    def _run(self, shard: VideoShard, clock: StageClock) -> ShardStored:
         lost: dict[str, Rejection] = {}
         while True:
             try:
-                return self._run_without(lost, shard, clock)
+                stored = self._run_without(lost, shard, clock)
+                self._encoder.activity.count_receipt(stored.receipt)
+                return stored
             except ClipLost as clip:
+                self._encoder.activity.count("retries.clip_lost")
                 # What it gave before it was lost has shifted the batches by a number of windows that chance decides.
                 # Without it they are those of the other clips alone, in this run as in any other.
                 log.warning("shard starts over without a clip: shard=%s clip=%s", shard.id, clip.rejection.key)
                 lost[clip.rejection.key] = clip.rejection
+            except BatchTooLarge as batch:
+                # From its start, so that its batches are those of a run whose encode.batch_pixels is the smaller one.
+                self._shrink(shard, batch)
             except OSError as error:  # of the store it would be a StorageError
                 if error.errno not in _NO_ROOM:
                     raise
@@ -122,15 +150,31 @@ class ShardEncoder:
                     shard.id, f"cannot write to its node's scratch folder {where} (in $TMPDIR): {error}"
                 ) from error
 
+    def _shrink(self, shard: VideoShard, batch: BatchTooLarge) -> None:
+        """Go on with smaller batches. ShardError if the one that did not fit was a single tile."""
+        if not self._encoder.shrink(batch):
+            frames, height, width = batch.shape
+            raise ShardError(
+                shard.id,
+                f"one tile of {frames} x {height} x {width} does not fit in the memory of {self._encoder.device}; "
+                "take a smaller bucket, half precision, or a device with more memory",
+            )
+        self._encoder.activity.count("retries.out_of_memory")
+        log.warning(
+            "device out of memory, shard starts over with smaller batches: shard=%s batch_pixels=%d before=%d",
+            *(shard.id, self._encoder.batch_pixels, batch.batch_pixels),
+        )
+
     def _run_without(self, lost: dict[str, Rejection], shard: VideoShard, clock: StageClock) -> ShardStored:
         """One pass over the shard; `lost` clips are rejected unseen."""
         ledger = ShardLedger(shard.id)
         with self._scratch.folder(shard.id) as folder:
             with LatentSpool(folder / "spool") as spool:
                 prover = TileProver(shard.id, self._encoder, clock)
-                digest = self._encode_clips(shard, spool, ledger, lost, clock, prover)
+                batcher: TileBatcher[_Ticket] = self._encoder.batcher(clock)
+                digest = self._encode_clips(shard, batcher, spool, ledger, lost, clock, prover)
                 with clock.measure("write"):
-                    written = self._write(shard, spool, ledger, folder)
+                    written = self._write(shard, self._header(shard, batcher), spool, ledger, folder)
             counts = ledger.counts()
             counts.check(f"shard {shard.id}")
             assert len(written.rows) == counts.windows_stored, "the ledger and the payload hold the same windows"
@@ -143,6 +187,7 @@ class ShardEncoder:
     def _encode_clips(
         self,
         shard: VideoShard,
+        batcher: TileBatcher[_Ticket],
         spool: LatentSpool,
         ledger: ShardLedger,
         lost: dict[str, Rejection],
@@ -150,10 +195,9 @@ class ShardEncoder:
         prover: TileProver,
     ) -> SourceDigest:
         digest = SourceDigest()
-        batcher: TileBatcher[_Ticket] = self._encoder.batcher(clock)
-        samples = read_shard(shard, self.job.source, max_clip_bytes=self.job.decode.max_clip_bytes, digest=digest)
+        samples = self._read(shard, self.job.source, max_clip_bytes=self.job.decode.max_clip_bytes, digest=digest)
         with prefetched(samples, depth=2) as ahead:
-            clips = _clips_only(ahead, ledger, lost)
+            clips = _clips_only(ahead, ledger, lost, self._encoder.activity)
             lengths = valid_lengths(self.job.windows, self._encoder.spec.is_valid_num_frames)
             with closing(self._pool.decode(clips, self.job.windows, self.job.resize, lengths)) as events:
                 for event in clock.waits("wait for decode", events):
@@ -179,6 +223,7 @@ class ShardEncoder:
             case ClipRetracted(clip):
                 ledger.retract(clip.key)
             case ClipDone():
+                self._encoder.activity.count("clips_read")
                 ledger.finish(event)
 
     def _keep(
@@ -224,7 +269,7 @@ class ShardEncoder:
             width=width,
             latent_shape=self._encoder.spec.latent_shape(time, height, width),
             latent_dtype=self.job.identity.storage_dtype,
-            has_logvar=self.job.identity.logvar,
+            has_logvar=bool(self.job.identity.logvar),
             caption=clip.caption,
             file_name=clip.file_name,
             fps=window.fps,
@@ -240,18 +285,20 @@ class ShardEncoder:
             metadata=clip.metadata,
         )
 
-    def _header(self, shard: VideoShard) -> ShardHeader:
+    def _header(self, shard: VideoShard, batcher: TileBatcher[_Ticket]) -> ShardHeader:
         return ShardHeader(
             shard_id=shard.id,
             fingerprint=self.job.identity.fingerprint,
-            numerics=self._encoder.numerics(),
+            numerics=self._encoder.numerics(batcher.batch_pixels),
             vae=self.job.identity.vae,
         )
 
-    def _write(self, shard: VideoShard, spool: LatentSpool, ledger: ShardLedger, folder: Path) -> _WrittenShard:
+    def _write(
+        self, shard: VideoShard, header: ShardHeader, spool: LatentSpool, ledger: ShardLedger, folder: Path
+    ) -> _WrittenShard:
         stored = {id(row) for row in ledger.stored_rows()}
         latents = spool.ordered(lambda row: id(row) in stored)
-        return self._write_files(shard, latents, self._header(shard), folder)
+        return self._write_files(shard, latents, header, folder)
 
     def _write_files(
         self, shard: VideoShard, latents: Iterator[Latent], header: ShardHeader, folder: Path
@@ -389,7 +436,7 @@ def _content(row: LatentRow) -> LatentRow:
 
 
 def _clips_only(
-    samples: Iterator[Clip | Rejection], ledger: ShardLedger, lost: dict[str, Rejection]
+    samples: Iterator[Clip | Rejection], ledger: ShardLedger, lost: dict[str, Rejection], activity: EncoderActivity
 ) -> Iterator[Clip]:
     """Samples refused while reading, or lost before, go to the ledger; the others to the decoders."""
     for sample in samples:
@@ -399,6 +446,7 @@ def _clips_only(
             sample.video.close()
             ledger.reject_sample(lost[sample.key])
         else:
+            activity.count("clip_bytes", sample.video.size)
             yield sample
 
 

@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -43,6 +44,15 @@ class ObjectInfo:
     size: int | None
     """Bytes; None where the store does not say."""
     etag: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class StampedObject:
+    """What a listing says of an object."""
+
+    etag: str | None
+    modified_unix: float | None
+    """By the store's clock; None where it does not say."""
 
 
 def open_url(url: str, options: dict[str, Any] | None = None) -> tuple[Any, str]:
@@ -164,6 +174,17 @@ class Store:
             return {}
         return dict(sorted((name, etag) for name, etag in found if name.endswith(suffix)))
 
+    def modified(self, folder: str, suffix: str) -> dict[str, StampedObject]:
+        """ETag and time of the last change of the objects directly in a folder that end with suffix, by name: one
+        listing. Empty if there is no such folder."""
+        try:
+            with reading(self.full_url(folder), LIST_RIGHT):
+                entries = _fresh(self._fs).ls(self.path(folder), detail=True)
+        except FileNotFoundError:
+            return {}
+        found = {e["name"].rsplit("/", 1)[-1]: e for e in entries if e.get("type") != "directory"}
+        return {name: StampedObject(_etag(e), _changed(e)) for name, e in found.items() if name.endswith(suffix)}
+
     def _local_names(self, folder: str) -> list[tuple[str, None]]:
         """Without a stat of each file, which fsspec's listing makes."""
         with os.scandir(self.path(folder)) as entries:
@@ -265,6 +286,13 @@ def _http_status(error: BaseException) -> int | None:
 def _etag(details: dict[str, Any]) -> str | None:
     value = details.get("ETag") or details.get("etag")
     return str(value).strip('"') if value else None
+
+
+def _changed(details: dict[str, Any]) -> float | None:
+    """fsspec's file systems each have their own name for it, and a number or a datetime."""
+    values = (details.get(name) for name in ("LastModified", "mtime", "last_modified", "updated", "created"))
+    value = next((value for value in values if value is not None), None)
+    return value.timestamp() if isinstance(value, datetime) else value if isinstance(value, float | int) else None
 
 
 def object_info(url: str, options: dict[str, Any] | None = None) -> ObjectInfo:

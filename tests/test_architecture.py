@@ -15,7 +15,10 @@ SOURCES = sorted(path for package in PACKAGES for path in (PROJECT / package).rg
 DOORS = {
     "fsspec": {"pipeline/storage.py"},
     "aiobotocore": {"pipeline/s3_client.py"},
-    "ray": {"pipeline/dataflow.py", "jobs/cluster.py", "jobs/train_workers.py", "jobs/submit.py"},
+    "ray": {
+        *("pipeline/dataflow.py", "pipeline/metrics.py"),
+        *("jobs/cluster.py", "jobs/train_workers.py", "jobs/submit.py"),
+    },
     "tensorboard": set(),  # through torch.utils.tensorboard, in pipeline/training/reports.py
     "av": {
         *("pipeline/decode/container.py", "pipeline/decode/pyav_backend.py"),

@@ -26,7 +26,7 @@ def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "module", ["cvvae", "pipeline.formats", "pipeline.reader", "pipeline.verify", "jobs.cli", "jobs.verify_dataset"]
+    "module", ["cvvae", "pipeline.formats", "pipeline.reader", "pipeline.verify", "pipeline.status", "jobs.cli"]
 )
 def test_imports_without_extras(module: str) -> None:
     done = run(f"import {module}")

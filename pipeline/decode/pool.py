@@ -81,6 +81,7 @@ class DecodePool:
         self._queue = TaskQueue()
         self._numbers = iter(range(1 << 62))
         self._lock = threading.Lock()
+        self._in_work: set[ClipTask] = set()
         self._workers = [PoolWorker(self._queue, policy, name=f"decode-{n}") for n in range(num_children)]
         try:
             for worker in self._workers:
@@ -110,14 +111,36 @@ class DecodePool:
         try:
             while True:
                 while len(ahead.tasks) <= len(self._workers) and (clip := next(clips, None)) is not None:
-                    ahead.tasks.append(ClipTask(clip, self._job(windows, resize, lengths)))
+                    ahead.tasks.append(self._task(clip, windows, resize, lengths))
                     self._queue.put(ahead.tasks[-1])
                 if not ahead.tasks:
                     return
                 yield from _events(ahead.tasks[0])
-                ahead.tasks.popleft()
+                self._forget(ahead.tasks.popleft())
         finally:
+            self._forget(*ahead.tasks)
             ahead.abandon()
+
+    def _task(self, clip: Clip, windows: WindowPolicy, resize: ResizePolicy, lengths: tuple[int, ...]) -> ClipTask:
+        task = ClipTask(clip, self._job(windows, resize, lengths))
+        with self._lock:
+            self._in_work.add(task)
+        return task
+
+    def _forget(self, *tasks: ClipTask) -> None:
+        with self._lock:
+            self._in_work.difference_update(tasks)
+
+    def depth(self) -> tuple[int, int]:
+        """Clips that wait for a child, and decoded windows that wait to be taken."""
+        with self._lock:
+            tasks = list(self._in_work)
+        return len(self._queue), sum(task.windows_waiting for task in tasks)
+
+    @property
+    def children_replaced(self) -> int:
+        """How often a child was ended for a limit, or died, and was started anew."""
+        return sum(worker.replaced for worker in self._workers)
 
     def _job(self, windows: WindowPolicy, resize: ResizePolicy, lengths: tuple[int, ...]) -> Job:
         with self._lock:

@@ -43,6 +43,11 @@ class TaskQueue:
             self._changed.wait_for(lambda: self._tasks or self._closed)
             return None if self._closed else self._tasks.popleft()
 
+    def __len__(self) -> int:
+        """Tasks that nobody serves yet."""
+        with self._changed:
+            return len(self._tasks)
+
     @property
     def is_closed(self) -> bool:
         with self._changed:
@@ -64,6 +69,8 @@ class PoolWorker:
         self._queue = queue
         self._policy = policy
         self._child: DecodeChild | None = None
+        self.replaced = 0
+        """How often its child had to be ended, or died."""
         self._started = threading.Event()
         self._decoders: dict[str, str | None] = {}
         self._start_error: Exception | None = None
@@ -129,7 +136,11 @@ class PoolWorker:
             refused = self._attempt(task, sequence)
             if refused is None:
                 return
-            logger.warning("decode child replaced: clip=%s attempt=%d why=%s", task.clip.key, attempt, refused)
+            self.replaced += 1
+            logger.warning(
+                "decode child replaced: clip=%s shard=%s attempt=%d why=%s",
+                *(task.clip.key, task.clip.shard_id, attempt, refused),
+            )
             self._end_child()
             if attempt == _ATTEMPTS:
                 message = f"{refused.message} ({_ATTEMPTS} attempts)"

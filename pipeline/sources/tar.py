@@ -27,7 +27,7 @@ from pipeline.sources.keys import require_safe_key
 from pipeline.sources.metadata import plain_json
 from pipeline.sources.sidecar import sidecar_keys, sidecar_num_rows
 from pipeline.sources.spec import WebDatasetSource
-from pipeline.storage import ObjectInfo, glob_objects, list_folder, object_info, open_stream
+from pipeline.storage import ObjectInfo, glob_objects, list_folder, object_info, open_seekable_url, open_stream
 
 MAX_TEXT_BYTES = 16 << 20
 WORTH_LISTING = 64
@@ -145,6 +145,23 @@ def count_tar_samples(shards: Sequence[VideoShard], spec: WebDatasetSource) -> i
                 return None
             total += number
     return total
+
+
+def count_tar_keys(shard: VideoShard, spec: WebDatasetSource) -> int:
+    """Samples of a tar by its headers, up to where it breaks. Their contents are passed over, not read, where the
+    store can seek."""
+    count, last = 0, None
+    with open_seekable_url(shard.url, spec.options) as file:
+        try:
+            with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as tar:
+                while (member := tar.next()) is not None and member.size >= 0:
+                    tar.members.clear()  # type: ignore[attr-defined] - tarfile would keep every header it has seen
+                    name = _split_name(member)
+                    if name is not None and name[0] != last:
+                        count, last = count + 1, name[0]
+        except _BROKEN_TAR:
+            return count
+    return count
 
 
 def read_tar_shard(

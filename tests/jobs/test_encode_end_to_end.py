@@ -16,6 +16,7 @@ from pipeline.errors import IdentityMismatch, SourceChanged
 from pipeline.formats import FORMATS, read_index
 from pipeline.policies import FormatName
 from pipeline.sources import WebDatasetSource
+from pipeline.status import StatusReader
 from pipeline.storage import Store
 from pipeline.verify import verify_dataset
 
@@ -71,6 +72,16 @@ def test_every_sample_is_accounted_for(encoded: tuple[Path, Manifest]) -> None:
     assert len(list((output / "receipts").iterdir())) == SHARDS
     run_report = json.loads(next((output / "runs").iterdir()).read_bytes())
     assert set(run_report["shard_seconds"]) == {"00000", "00001", "00002"}
+
+
+def test_status_agrees_with_the_manifest(encoded: tuple[Path, Manifest]) -> None:
+    output, manifest = encoded
+    look = StatusReader(Store(str(output))).read()
+    assert (look.finished, look.done, look.total, look.left) == (True, SHARDS, SHARDS, 0)
+    assert (look.counts, look.rejections) == (manifest.counts, manifest.rejections)
+    assert look.run is not None
+    assert look.run.outcome == "finished"
+    assert len(look.run.slowest_shards) == SHARDS
 
 
 def test_verify_is_green_with_the_source(encoded: tuple[Path, Manifest], tars: list[Path]) -> None:
