@@ -185,6 +185,45 @@ class LatentRow:
     video_sha256: str
     metadata: dict[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def of(
+        cls,
+        window: Window,
+        clip: Clip,
+        *,
+        latent_shape: tuple[int, int, int, int],
+        latent_dtype: str,
+        has_logvar: bool,
+    ) -> LatentRow:
+        """The row of a clip's window."""
+        num_frames, height, width = window.shape
+        step = 1.0 / window.fps if window.fps else 0.0
+        return cls(
+            key=window.key,
+            clip_key=clip.key,
+            window_index=window.index,
+            shard_id=clip.shard_id,
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            latent_shape=latent_shape,
+            latent_dtype=latent_dtype,
+            has_logvar=has_logvar,
+            caption=clip.caption,
+            file_name=clip.file_name,
+            fps=window.fps,
+            duration_sec=window.frame_times[-1] - window.frame_times[0] + step,
+            frame_indices=window.frame_indices,
+            frame_times=window.frame_times,
+            padded_frames=window.padded_frames,
+            trimmed_frames=window.trimmed_frames,
+            crop=window.crop,
+            source=window.source,
+            pair_sha256=clip.pair_sha256,
+            video_sha256=clip.video_sha256,
+            metadata=clip.metadata,
+        )
+
     @property
     def bucket(self) -> str:
         return bucket_name(self.num_frames, self.height, self.width)

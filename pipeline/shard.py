@@ -257,32 +257,13 @@ class ShardEncoder:
         ledger.store_window(ticket.row, ticket.attempt)
 
     def _row(self, window: Window, clip: Clip) -> LatentRow:
-        time, height, width = window.shape
-        step = 1.0 / window.fps if window.fps else 0.0
-        return LatentRow(
-            key=window.key,
-            clip_key=clip.key,
-            window_index=window.index,
-            shard_id=clip.shard_id,
-            num_frames=time,
-            height=height,
-            width=width,
-            latent_shape=self._encoder.spec.latent_shape(time, height, width),
-            latent_dtype=self.job.identity.storage_dtype,
-            has_logvar=bool(self.job.identity.logvar),
-            caption=clip.caption,
-            file_name=clip.file_name,
-            fps=window.fps,
-            duration_sec=window.frame_times[-1] - window.frame_times[0] + step,
-            frame_indices=window.frame_indices,
-            frame_times=window.frame_times,
-            padded_frames=window.padded_frames,
-            trimmed_frames=window.trimmed_frames,
-            crop=window.crop,
-            source=window.source,
-            pair_sha256=clip.pair_sha256,
-            video_sha256=clip.video_sha256,
-            metadata=clip.metadata,
+        identity = self.job.identity
+        return LatentRow.of(
+            window,
+            clip,
+            latent_shape=self._encoder.spec.latent_shape(*window.shape),
+            latent_dtype=identity.storage_dtype,
+            has_logvar=bool(identity.logvar),
         )
 
     def _header(self, shard: VideoShard, batcher: TileBatcher[_Ticket]) -> ShardHeader:
