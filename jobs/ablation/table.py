@@ -132,7 +132,7 @@ def _compatibility(report: dict[str, Any], variant: str) -> Row:
         "dB below the image VAE ↓": _rounded("psnr", read["below_ceiling"]["mean"]),
         "image latents decoded, psnr ↑": _rounded("psnr", written["psnr"]["mean"]),
         "cosine ↑": _rounded("cosine", latents["cosine"]["mean"]),
-        "Frechet ↓": _rounded("frechet", latents["frechet"]),
+        "Frechet ↓": None if latents["frechet"] is None else float(f"{latents['frechet']:.3g}"),
     }
 
 

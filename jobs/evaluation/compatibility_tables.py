@@ -145,7 +145,7 @@ def tables_of(section: dict[str, Any]) -> Iterator[TableText]:
         for bucket in result["buckets"]:
             where = f"{result['shape']}, {_bucket_text(bucket)}"
             yield f"{judge} decodes video latents: {where}", *_image_decoder(bucket, judge)
-            yield f"image latents of {judge} decoded: {where}", *_video_decoder(bucket, judge)
+            yield f"the VAEs decode latents of {judge}: {where}", *_video_decoder(bucket, judge)
             yield f"latents against those of {judge}: {where}", *_latents(bucket)
         yield f"latents by channel, mean and std: {result['shape']}", *_channels(result["buckets"][0], judge)
 
@@ -180,8 +180,8 @@ def _latents(bucket: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for label, of_vae in bucket["vaes"].items():
         found = of_vae["latents"]
-        cells = [_number(found[name], 4) for name in ("relative_rms", "frechet", "mmd")]
-        rows.append([label, _mean(found, "cosine", 4), *cells])
+        cells = ["-" if found[name] is None else f"{found[name]:.3g}" for name in ("frechet", "mmd")]
+        rows.append([label, _mean(found, "cosine", 4), _number(found["relative_rms"], 4), *cells])
     return head, rows
 
 
