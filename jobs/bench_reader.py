@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import multiprocessing
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -72,25 +73,27 @@ def bench_reader(
     folder: Annotated[Path | None, typer.Option(help="Keep datasets here, and use those that are there.")] = None,
     store: Annotated[bool, typer.Option(help="Read from an S3 server of the tests, too.")] = True,
     latency: Annotated[float, typer.Option(min=0, help="Milliseconds added to each request to it.")] = 20.0,
+    reader: Annotated[list[str] | None, typer.Option(help="Only those with this in their name; repeatable.")] = None,
     dropped: Annotated[
         bool, typer.Option(help="Read local files once more, out of the page cache each time.")
     ] = True,
 ) -> None:
     """Samples per second, time to the first batch, resume, memory: ours and others', local and from a store."""
+    readers = [one for one in READERS if not reader or any(part in one.name for part in reader)]
     print(machine())
     with contextlib.ExitStack() as stack:
         base = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-reader-")))
-        notes = make_datasets(base, spec, mebibytes << 20)
+        sizes = {base: mebibytes << 20} | ({base / STORE: mebibytes << 17} if store else {})
+        notes = make_datasets(base, sizes, readers, spec)
         print(startup_table(base), flush=True)
         for drop in (False, True) if dropped else (False,):
-            print(reading_table(base, notes, rounds, drop=drop), flush=True)
+            print(reading_table(base, readers, notes, rounds, drop=drop), flush=True)
         if store:
-            print(store_table(base, notes, latency), flush=True)
+            print(store_table(base, readers, notes, latency), flush=True)
 
 
-def make_datasets(base: Path, spec: str, nbytes: int) -> dict[str, str]:
-    """Large ones in `base`, small ones for the store in it, a folder per format; why a format could not be made."""
-    sizes = {base: nbytes, base / STORE: nbytes // 8}
+def make_datasets(base: Path, sizes: dict[Path, int], readers: Sequence[Reader], spec: str) -> dict[str, str]:
+    """A folder per format in each home, of so many bytes; why a format could not be made."""
     ours: tuple[FormatName, ...] = ("webdataset", "parquet")
     wanted: list[tuple[Path, FormatName]] = [
         (home, name) for home in sizes for name in ours if not (home / name / "manifest.json").exists()
@@ -102,7 +105,7 @@ def make_datasets(base: Path, spec: str, nbytes: int) -> dict[str, str]:
         for home, name in wanted:
             write_repeated(real, home / name, name, num_shards=SHARDS, shard_bytes=sizes[home] // SHARDS)
     notes: dict[str, str] = {}
-    for home, reader in itertools.product(sizes, READERS):
+    for home, reader in itertools.product(sizes, readers):
         target = home / reader.format
         if reader.write is None or target.exists():
             continue
@@ -128,7 +131,10 @@ def _convert(name: str, source: Path, target: Path) -> None:
         )
         if not padding
     )
-    reader.write(rows, target)
+    unfinished = target.with_name(f"{target.name}.part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    reader.write(rows, unfinished)
+    unfinished.rename(target)
 
 
 def _reader(name: str) -> Reader:
@@ -162,13 +168,15 @@ def startup_table(base: Path) -> BenchTable:
 # --- epochs ---------------------------------------------------------------------------------------------------------
 
 
-def reading_table(base: Path, notes: dict[str, str], rounds: int, *, drop: bool) -> BenchTable:
+def reading_table(
+    base: Path, readers: Sequence[Reader], notes: dict[str, str], rounds: int, *, drop: bool
+) -> BenchTable:
     """Every reader in turn, `rounds` times."""
     state = "dropped from the page cache before each read" if drop else "in the page cache"
     table = BenchTable(f"an epoch from local disk, files {state}", ("reader", *_COLUMNS))
-    places = {reader.name: local_place(base, reader.format) for reader in READERS if reader.format not in notes}
-    results, plain = _in_turns(places, rounds, drop=drop)
-    _fill(table, results, plain, notes)
+    places = {reader.name: local_place(base, reader.format) for reader in readers if reader.format not in notes}
+    results, plain = _in_turns(places, local_place(base, "webdataset"), rounds, drop=drop)
+    _fill(table, readers, results, plain, notes)
     return table
 
 
@@ -183,11 +191,10 @@ def local_place(base: Path, format_name: str) -> Place:
 
 
 def _in_turns(
-    places: dict[str, Place], rounds: int, *, drop: bool
+    places: dict[str, Place], tars: Place, rounds: int, *, drop: bool
 ) -> tuple[dict[str, list[Round] | str], list[Round]]:
     results: dict[str, list[Round] | str] = {name: [] for name in places}
     plain: list[Round] = []
-    tars = next(place for name, place in places.items() if _reader(name).format == "webdataset")
     context = multiprocessing.get_context("spawn")
     with contextlib.ExitStack() as stack:
         processes = {name: stack.enter_context(ProcessPoolExecutor(1, mp_context=context)) for name in places}
@@ -279,13 +286,17 @@ def _drop(folder: Path) -> None:
 
 
 def _fill(
-    table: BenchTable, results: dict[str, list[Round] | str], plain: Sequence[Round], notes: dict[str, str]
+    table: BenchTable,
+    readers: Sequence[Reader],
+    results: dict[str, list[Round] | str],
+    plain: Sequence[Round],
+    notes: dict[str, str],
 ) -> None:
     rates = [one.nbytes / one.seconds for one in plain]
     work = statistics.median(one.processor / one.nbytes for one in plain) * 1e9
     blank = ("",) * 3
     table.add("plain read of the tars", "", f"{statistics.median(rates) / 1e6:.0f}", "1", f"{work:.2f}", *blank)
-    for reader in READERS:
+    for reader in readers:
         found = notes.get(reader.format) or results[reader.name]
         if isinstance(found, str):
             table.add(reader.name, found, *[""] * (len(_COLUMNS) - 1))
@@ -312,7 +323,7 @@ def _fill(
 # --- from a store ---------------------------------------------------------------------------------------------------
 
 
-def store_table(base: Path, notes: dict[str, str], latency: float) -> BenchTable:
+def store_table(base: Path, readers: Sequence[Reader], notes: dict[str, str], latency: float) -> BenchTable:
     """One epoch of each reader from the S3 server of the tests, behind a proxy that waits."""
     table = BenchTable(f"an epoch from an S3 server, {latency:.0f} ms added to each request", ("reader", *_COLUMNS))
     try:
@@ -322,9 +333,9 @@ def store_table(base: Path, notes: dict[str, str], latency: float) -> BenchTable
         return table
     with running_s3() as server, _late_proxy(server, latency) as endpoint:
         places = _uploaded(base / STORE, server.url, server.options["endpoint_url"], endpoint)
-        known = {reader.name: places[reader.format] for reader in READERS if reader.format not in notes}
-        results, plain = _in_turns(known, 1, drop=False)
-    _fill(table, results, plain, notes)
+        known = {reader.name: places[reader.format] for reader in readers if reader.format not in notes}
+        results, plain = _in_turns(known, places["webdataset"], 1, drop=False)
+    _fill(table, readers, results, plain, notes)
     return table
 
 
