@@ -115,7 +115,7 @@ def make_plan(
     per_shard = draws.shard_seconds()
     best = per_shard * (draws.work.value / per_shard.sum()) if per_shard.sum() else per_shard
     slow = [(shards[i].id, round(float(best[i]), 1)) for i in np.argsort(-best) if best[i] > SLOW_SHARD_SECONDS]
-    names = ("clips", "windows", "frames", "frames decoded", "video seconds", "payload bytes")
+    names = ("clips", "windows", "frames", "frames decoded", "video seconds")
     sampled = int(draws.best_sum("samples"))
     return EncodePlan(
         fingerprint=sample.fingerprint,
@@ -125,11 +125,11 @@ def make_plan(
         sample_seconds=round(sample.seconds, 1),
         shards=len(shards),
         samples=draws.of(lambda one: one.samples),
-        totals={name: draws.total(name) for name in names},
+        totals={name: draws.total(name) for name in names} | {"payload bytes": draws.stored("payload bytes")},
         buckets=draws.prefixed("bucket "),
         rejections=draws.prefixed("rejected "),
         unseen_class_share=min(1.0, 3.0 / max(1, sampled)),
-        storage_bytes={name: draws.total(name) for name in draws.names if "mean" in name},
+        storage_bytes={name: draws.stored(name) for name in draws.names if "mean" in name},
         encode_seconds=draws.of(lambda one: one.encode_seconds),
         decode_core_seconds=draws.total("decode seconds"),
         encoder_frames_per_second=draws.of(lambda one: _ratio(one.total("frames"), one.encode_seconds)),
@@ -253,6 +253,12 @@ class _Draws:
 
     def total(self, name: str) -> Estimate:
         return self.of(lambda one: one.total(name))
+
+    def stored(self, name: str) -> Estimate:
+        """Bytes of windows, and of what every shard has besides: a header and an end."""
+        windows = self.total(name)
+        empty = self.best_sum("empty bytes") / len(self._sample.groups) * len(self._census.samples)
+        return Estimate(low=windows.low + empty, value=windows.value + empty, high=windows.high + empty)
 
     def prefixed(self, prefix: str) -> dict[str, Estimate]:
         return {name.removeprefix(prefix): self.total(name) for name in self.names if name.startswith(prefix)}

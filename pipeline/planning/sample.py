@@ -202,7 +202,7 @@ class _Bench:
             path = folder / "size"
             shard_format.write(path, (_stored_as(latent, dtype, logvar) for latent in latents), header)
             sizes[size_name(dtype, logvar)] = float(path.stat().st_size - empty)
-        return sizes | {"payload bytes": float(receipt.payload.size - empty)}
+        return sizes | {"payload bytes": float(receipt.payload.size - empty), "empty bytes": float(empty)}
 
 
 def size_name(dtype: DTypeName, logvar: bool) -> str:

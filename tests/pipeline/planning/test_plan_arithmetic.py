@@ -28,6 +28,7 @@ def group(windows: int, *, samples: int = 4, decode: float = 0.4, encode: float 
         "video seconds": 2.0 * samples,
         "payload bytes": 100 * windows,
         "float16 mean": 100 * windows,
+        "empty bytes": 7,
         "decode seconds": decode,
         "bucket 00017x00032x00032": windows,
         "rejected timeout": 1,
@@ -58,7 +59,7 @@ def test_equal_groups_leave_no_doubt() -> None:
         (planned.totals["windows"], 1500),
         (planned.totals["video seconds"], 2000),
         (planned.rejections["timeout"], 250),
-        (planned.storage_bytes["float16 mean"], 150_000),
+        (planned.storage_bytes["float16 mean"], 150_000 + 10 * 7),
         (planned.decode_core_seconds, 100),
         # 150 tiles in a shard are 75 batches, and half the time one more half full
         (planned.encode_seconds, 10 * 75.25 * 0.5),
