@@ -27,7 +27,9 @@ demo: $(READY) ## encode real clips into latents on this machine, verify them, s
 	$(BIN)/python jobs/make_demo_data.py --output data/demo
 	$(BIN)/latents encode configs/encode/demo.yaml
 	$(BIN)/latents verify data/demo/latents --source
+	$(BIN)/latents preview data/demo/latents --output data/demo/preview.png
 	@echo
+	@echo "data/demo/preview.png shows source frames over decoded latents."
 	@echo "The latents are in data/demo/latents: shards/ to train on, index/ to find windows, README.md says what they are."
 	@echo "Read them: the six lines in README.md. Your own clips: copy configs/encode/demo.yaml and change source.urls."
 	@echo "Run the same again to see that nothing is left to do; delete a receipt and it encodes that shard anew."
