@@ -7,36 +7,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
 from pipeline.dataset import MANIFEST, DatasetFolder
 from pipeline.documents import Manifest, ShardReceipt, TileProof
+from pipeline.errors import DatasetError
 from pipeline.manifest import build_manifest
+from pipeline.planning.compare import read_plan
+from pipeline.planning.estimate import EncodePlan
 
 EXAMPLES_PER_CLASS = 5
-PLAN = "plan.json"
-
-
-class Estimate(BaseModel):
-    """A planned figure and its interval."""
-
-    model_config = ConfigDict(frozen=True)
-
-    low: float
-    value: float
-    high: float
-
-
-class PlannedFigures(BaseModel):
-    """What this page takes from plan.json; the rest of it is not looked at."""
-
-    model_config = ConfigDict(frozen=True)
-
-    fingerprint: str
-    samples: Estimate
-    totals: dict[str, Estimate] = {}
-    buckets: dict[str, Estimate] = {}
-    rejections: dict[str, Estimate] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +71,7 @@ class DatasetFacts:
     finished: bool
     receipts: ReceiptFacts
     runs: list[RunTimes] = field(default_factory=list)
-    plan: PlannedFigures | None = None
+    plan: EncodePlan | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -118,6 +96,9 @@ def _runs(dataset: DatasetFolder, facts: DatasetFacts) -> Iterator[RunTimes]:
     for name in dataset.store.names("runs", ".json"):
         try:
             report = json.loads(dataset.store.read_bytes(f"runs/{name}"))
+            if report["outcome"] == "running":
+                facts.notes.append(f"runs/{name}: a run that goes on, or whose driver was killed.")
+                continue
             after = sorted((float(at), shard) for shard, at in report["committed_after_seconds"].items())
             stages: Counter[str] = Counter()
             for seconds in report["shard_seconds"].values():
@@ -135,36 +116,10 @@ def _runs(dataset: DatasetFolder, facts: DatasetFacts) -> Iterator[RunTimes]:
     yield from (times for _, times in sorted(found, key=lambda one: one[0]))
 
 
-def _plan(dataset: DatasetFolder, facts: DatasetFacts) -> PlannedFigures | None:
+def _plan(dataset: DatasetFolder, facts: DatasetFacts) -> EncodePlan | None:
     """plan.json, if there is one, it can be read, and it was made for this identity."""
     try:
-        plan = PlannedFigures.model_validate_json(dataset.store.read_bytes(PLAN))
-    except FileNotFoundError:
+        return read_plan(dataset, facts.manifest.fingerprint)
+    except DatasetError as error:
+        facts.notes.append(f"Plan against actual: {error}")
         return None
-    except ValidationError as error:
-        facts.notes.append(f"{PLAN} cannot be read: {error}")
-        return None
-    if plan.fingerprint != facts.manifest.fingerprint:
-        facts.notes.append(f"{PLAN} was made for another identity ({plan.fingerprint[:12]}) and is not compared.")
-        return None
-    return plan
-
-
-def compared(plan: PlannedFigures, manifest: Manifest) -> list[tuple[str, Estimate, float]]:
-    """(what, planned, actual) for everything that both know."""
-    counts = manifest.counts
-    actual = {
-        "clips": counts.clips_encoded,
-        "windows": counts.windows_stored,
-        "frames": counts.frames_stored,
-        "frames decoded": counts.frames_decoded,
-        "payload bytes": manifest.payload_bytes,
-    }
-    rows = [("samples", plan.samples, float(counts.samples))]
-    rows += [(name, plan.totals[name], float(value)) for name, value in actual.items() if name in plan.totals]
-    for prefix, planned, came in (
-        ("windows", plan.buckets, manifest.buckets),
-        ("rejected", plan.rejections, manifest.rejections),
-    ):
-        rows += [(f"{prefix} {name}", planned[name], float(came.get(name, 0))) for name in sorted(planned)]
-    return rows

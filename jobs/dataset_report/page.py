@@ -10,13 +10,14 @@ import numpy as np
 
 from cvvae import spec_from_dict
 from cvvae.metrics import SSIM_WINDOW
-from jobs.dataset_report.facts import DatasetFacts, RunTimes, compared
+from jobs.dataset_report.facts import DatasetFacts, RunTimes
 from jobs.dataset_report.latents import DEAD_STD, Components, histograms
 from jobs.dataset_report.looked_at import BucketLooks, Look
 from jobs.evaluation.charts import bar_chart, line_chart
 from jobs.evaluation.examples import MAX_SIDE, picture_uri
 from jobs.evaluation.report import windows_text
 from jobs.web_page import bullets, figure, table
+from pipeline.planning.compare import compare_totals
 
 GRID = 4
 WORST = 3
@@ -275,12 +276,12 @@ def _plan(facts: DatasetFacts) -> Iterator[str]:
     yield "<h2>Plan against actual</h2>"
     rows = [
         (
-            escape(name),
-            f"{planned.value:,.0f}",
-            f"{planned.low:,.0f} to {planned.high:,.0f}",
-            f"{actual:,.0f}",
-            "" if planned.low <= actual <= planned.high else "outside",
+            escape(one.name),
+            f"{one.planned.value:,.0f}",
+            f"{one.planned.low:,.0f} to {one.planned.high:,.0f}",
+            f"{one.actual:,.0f}",
+            "" if one.inside else "outside",
         )
-        for name, planned, actual in compared(facts.plan, facts.manifest)
+        for one in compare_totals(facts.plan, facts.manifest)
     ]
     yield table(("", "planned", "interval", "actual", ""), rows)

@@ -46,6 +46,14 @@ def read_plan(dataset: DatasetFolder, fingerprint: str) -> EncodePlan | None:
 
 def compare(plan: EncodePlan, manifest: Manifest, log: RunLog) -> list[Compared]:
     """Totals of the dataset, and the times of this run if it encoded all of it."""
+    compared = compare_totals(plan, manifest)
+    if not log.committed_before and len(log.shard_seconds) == len(manifest.shards):
+        compared += _times(plan, log)
+    return compared
+
+
+def compare_totals(plan: EncodePlan, manifest: Manifest) -> list[Compared]:
+    """Samples, clips, windows, frames, bytes, and rejections by class."""
     counts = manifest.counts
     actual = {
         "clips": counts.clips_encoded,
@@ -60,8 +68,6 @@ def compare(plan: EncodePlan, manifest: Manifest, log: RunLog) -> list[Compared]
     for name in sorted(plan.rejections.keys() | manifest.rejections.keys()):
         planned, came = plan.rejections.get(name, unseen), manifest.rejections.get(name, 0)
         compared.append(Compared(name=f"rejected {name}", planned=planned, actual=float(came)))
-    if not log.committed_before and len(log.shard_seconds) == len(manifest.shards):
-        compared += _times(plan, log)
     return compared
 
 

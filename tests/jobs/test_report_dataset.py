@@ -19,11 +19,43 @@ from jobs.dataset_report.seams import LATENT_BORDER, SEAM, SeamMeter, space_over
 from jobs.evaluation.charts import bar_chart
 from jobs.report_dataset import run_report
 from pipeline.decode_back import WindowPair
+from pipeline.planning.estimate import EncodePlan, Estimate
 from pipeline.policies import WindowPolicy
 from pipeline.records import LatentRow
 from tests.whole_run import one_encoder, settings_for
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+def plan_of(fingerprint: str) -> EncodePlan:
+    """A plan that expects one to three of everything."""
+    few = Estimate(low=1.0, value=2.0, high=3.0)
+    names = ("clips", "windows", "frames", "frames decoded", "payload bytes")
+    return EncodePlan(
+        fingerprint=fingerprint,
+        device="cpu",
+        sampled_groups=1,
+        sampled_samples=2,
+        sample_seconds=1.0,
+        shards=1,
+        samples=few,
+        totals=dict.fromkeys(names, few),
+        buckets={},
+        rejections={},
+        unseen_class_share=0.5,
+        storage_bytes={},
+        encode_seconds=few,
+        decode_core_seconds=few,
+        encoder_frames_per_second=few,
+        decode_frames_per_second=few,
+        decode_cores_per_encoder=few,
+        decode_children=1,
+        work_seconds=few,
+        walls=(),
+        longest_shard_seconds=1.0,
+        slow_shards=(),
+        num_slow_shards=0,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +68,7 @@ def dataset(v2d_shards: Callable[..., list[Path]], tmp_path_factory: pytest.Temp
     encode = settings.encode.model_copy(update={"proof_share": 1.0})
     with one_encoder(folder / "scratch") as run:
         manifest = run(settings.model_copy(update={"windows": windows, "encode": encode}))
-    planned = {"low": 1.0, "value": 2.0, "high": 3.0}
-    plan = {"fingerprint": manifest.fingerprint, "samples": planned, "totals": {"windows": planned}, "device": "cpu"}
-    (folder / "out" / "plan.json").write_text(json.dumps(plan))
+    (folder / "out" / "plan.json").write_bytes(plan_of(manifest.fingerprint).to_bytes())
     report = {
         "run_id": "<b>run",
         "outcome": "finished",
@@ -50,6 +80,7 @@ def dataset(v2d_shards: Callable[..., list[Path]], tmp_path_factory: pytest.Temp
     (folder / "out" / "runs").mkdir()
     (folder / "out" / "runs" / "a.json").write_text(json.dumps(report))
     (folder / "out" / "runs" / "b.json").write_text("{}")
+    (folder / "out" / "runs" / "c.json").write_text(json.dumps({"run_id": "c", "outcome": "running"}))
     return folder / "out"
 
 
@@ -71,6 +102,7 @@ def test_the_page_says_all_of_it_and_stands_alone(page: Path, dataset: Path) -> 
     assert "tile borders" in text
     assert "from one pass without tiles" in text
     assert "runs/b.json is not a run" in text
+    assert "runs/c.json: a run that goes on" in text
     assert "<b>run" not in text
     assert "&lt;b&gt;run" in text
     references = re.findall(r'(?:src|href)="([^"]*)"', text)
