@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -22,8 +20,7 @@ from jobs.cli import app as latents
 from jobs.evaluate_vae import apply_overrides, evaluate, find_preset, load_vaes, parse_size, read_report, split_label
 from jobs.metric_weights import FILES, FOLDER_VARIABLE
 from pipeline.errors import ConfigError
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+from tests.browser import seen_in_browser
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -269,34 +266,9 @@ def test_names_from_outside_are_escaped(clips: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_page_in_a_real_browser(page: Path, tmp_path: Path) -> None:
     """Needs a Chromium. Every image is decoded, every chart has a size, the console stays empty."""
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        pytest.skip("no Chromium here")
-    probe = (
-        "<script>addEventListener('load',()=>{const r={"
-        "images:[...document.images].map(i=>i.complete&&i.naturalWidth),"
-        "charts:[...document.querySelectorAll('svg.chart')].map(s=>s.getBoundingClientRect().width),"
-        "wide:document.documentElement.scrollWidth-innerWidth};"
-        "document.title='PROBE'+JSON.stringify(r)})</script>"
-    )
-    probed = tmp_path / "probed.html"
-    probed.write_text(page.read_text().replace("</body>", f"{probe}</body>"))
-    done = subprocess.run(
-        [
-            *(browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1280,2000"),
-            *(f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--dump-dom", f"file://{probed}"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    found = re.search(r"<title>PROBE(.*?)</title>", done.stdout)
-    assert found is not None, done.stdout[:500]
-    seen = json.loads(found[1])
+    seen = seen_in_browser(page, tmp_path)
     assert len(seen["images"]) == 30
     assert all(seen["images"])
     assert len(seen["charts"]) >= 4
     assert all(width > 200 for width in seen["charts"])
     assert seen["wide"] <= 0
-    assert ":CONSOLE" not in done.stderr, done.stderr

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,9 +21,8 @@ from pipeline.decode_back import WindowPair
 from pipeline.planning.estimate import EncodePlan, Estimate
 from pipeline.policies import WindowPolicy
 from pipeline.records import LatentRow
+from tests.browser import seen_in_browser
 from tests.whole_run import one_encoder, settings_for
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
 def plan_of(fingerprint: str) -> EncodePlan:
@@ -125,37 +123,12 @@ def test_a_source_that_is_gone_is_a_note_and_not_the_end(dataset: Path, tmp_path
 
 def test_the_page_in_a_real_browser(page: Path, tmp_path: Path) -> None:
     """Needs a Chromium. Every image is decoded, every chart has a size, the console stays empty."""
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        pytest.skip("no Chromium here")
-    probe = (
-        "<script>addEventListener('load',()=>{const r={"
-        "images:[...document.images].map(i=>i.complete&&i.naturalWidth),"
-        "charts:[...document.querySelectorAll('svg.chart')].map(s=>s.getBoundingClientRect().width),"
-        "wide:document.documentElement.scrollWidth-innerWidth};"
-        "document.title='PROBE'+JSON.stringify(r)})</script>"
-    )
-    probed = tmp_path / "probed.html"
-    probed.write_text(page.read_text().replace("</body>", f"{probe}</body>"))
-    done = subprocess.run(
-        [
-            *(browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1280,2000"),
-            *(f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--dump-dom", f"file://{probed}"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=True,
-    )
-    found = re.search(r"<title>PROBE(.*?)</title>", done.stdout)
-    assert found is not None, done.stdout[:500]
-    seen = json.loads(found[1])
+    seen = seen_in_browser(page, tmp_path)
     assert len(seen["images"]) >= 6
     assert all(seen["images"])
     assert len(seen["charts"]) >= 4
     assert all(width > 200 for width in seen["charts"])
     assert seen["wide"] <= 0
-    assert ":CONSOLE" not in done.stderr, done.stderr
 
 
 # --- seams and components alone ----------------------------------------------------------------------------------
