@@ -28,8 +28,8 @@ from pipeline.documents import RunFile, RunIdentity, ShardReceipt
 from pipeline.errors import ConfigError, DatasetError, PipelineError, SourceError
 from pipeline.formats import FORMATS, IndexRow, read_index
 from pipeline.formats.tensors import TORCH_DTYPES
-from pipeline.policies import DecodePolicy, DTypeName
-from pipeline.recorded import recorded_shard, recorded_source
+from pipeline.policies import DTypeName
+from pipeline.recorded import recorded_decoding, recorded_shard, recorded_source
 from pipeline.records import Clip, Latent, Window
 from pipeline.sources import SourceDigest, SourceSpec, read_shard
 from pipeline.windows import valid_lengths
@@ -117,8 +117,7 @@ def measure_drift(
         LatentComparison.empty(recorded.spec.latent_channels),
         _STORAGE_ERROR[identity.storage_dtype] + _COMPUTE_ERROR[identity.compute_dtype],
     )
-    policy = DecodePolicy.model_validate(run.config.get("decode", {}))
-    with DecodePool(policy, decode_children) as pool:
+    with DecodePool(recorded_decoding(run), decode_children) as pool:
         for receipt, rows in choose_windows(folder, sample):
             source = _Source(run, receipt, recorded.spec, pool)
             for window in source.windows(_stored(folder, run, receipt, rows), report.problems):
