@@ -5,7 +5,7 @@
 writes OUTPUT/clips/*.tar (short pieces of eleven real clips), OUTPUT/pictures/*.tar (tiles of about eighty
 photographs), OUTPUT/held_out/held_out.tar (pieces of the nine clips that the demo encodes: other films, other
 scenes) and OUTPUT/train_data.json, last: what was written, with hashes. Pieces are cut to the size that is trained
-on, so that training is not spent on decoding. 230 MB of packages are downloaded once (`jobs.training_material`).
+on, so that training is not spent on decoding. 266 MB of packages are downloaded once (`jobs.training_material`).
 """
 
 from __future__ import annotations

