@@ -1,14 +1,12 @@
 """Windows of a dataset to look at: the source frames, read again, beside what the stored latents decode to.
 
-The source is decoded, cut and resized as the run did it, and it must be the video the latent was made from: the hash
-that ties key, bytes and caption, the frame numbers and the size are all checked.
+The source must still be the video that the latent was made from (cut_again.py).
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,15 +15,15 @@ from torch import Tensor
 
 from cvvae import VideoVAE, spec_from_dict
 from cvvae.metrics import SSIM_WINDOW, psnr_of_frames, ssim_of_frames, to_unit_range
+from pipeline.cut_again import cut_again, shape_of
 from pipeline.dataset import DatasetFolder, index_name
-from pipeline.decode.pool import ClipDone, ClipRetracted, DecodePool, WindowReady
-from pipeline.documents import RunFile, ShardReceipt
+from pipeline.decode.pool import DecodePool
+from pipeline.documents import RunFile
 from pipeline.errors import ConfigError, DatasetError, SourceError
 from pipeline.formats import FORMATS, IndexRow, read_index, read_index_columns
 from pipeline.recorded import recorded_shard, recorded_source
-from pipeline.records import Clip, LatentRow, Rejection, Window
-from pipeline.sources import SourceDigest, SourceSpec, plan_source, read_shard
-from pipeline.windows import valid_lengths
+from pipeline.records import LatentRow
+from pipeline.sources import SourceSpec, plan_source
 
 SHOWN_KEYS = 5
 
@@ -103,74 +101,26 @@ class DecodeBack:
         DatasetError if the source is not what was encoded; SourceError, StorageError if it cannot be read.
         """
         receipt = self.dataset.receipt(shard_id)
-        wanted = {row.row.key: row for row in rows}
         with self.dataset.open_seekable(receipt.payload.path) as file:
-            fetched = FORMATS[self.run.format].fetch(file, list(wanted.values()))
+            fetched = FORMATS[self.run.format].fetch(file, list(rows))
             latents = {latent.row.key: latent.mean_CTHW.float() for latent in fetched}
         try:
-            for window in self._windows(receipt, [index_row.row for index_row in wanted.values()]):
-                yield self._pair(wanted[window.key].row, window.frames_THWC, latents[window.key])
+            shard = self._moved.get(shard_id) or recorded_shard(receipt)
+            for row, window in cut_again(self.run, shard, self._source, [one.row for one in rows], self._pool):
+                if isinstance(window, str):
+                    raise DatasetError(f"{row.key}: {window}")
+                yield self._pair(row, window.frames_THWC, latents[row.key])
         except FileNotFoundError as error:
             raise SourceError(f"{receipt.source.url} does not exist: give its place with --source") from error
-
-    def _windows(self, receipt: ShardReceipt, rows: Iterable[LatentRow]) -> Iterator[Window]:
-        by_clip: dict[str, dict[str, LatentRow]] = {}
-        for row in rows:
-            by_clip.setdefault(row.clip_key, {})[row.key] = row
-        limit = self._pool.policy.max_clip_bytes
-        shard = self._moved.get(receipt.shard_id) or recorded_shard(receipt)
-        samples = _closable(read_shard(shard, self._source, max_clip_bytes=limit, digest=SourceDigest()))
-        with closing(samples):
-            for sample in samples:
-                if isinstance(sample, Rejection):
-                    continue
-                if sample.key not in by_clip:
-                    sample.video.close()
-                    continue
-                yield from self._windows_of(sample, by_clip.pop(sample.key))
-                if not by_clip:
-                    return
-        missing = ", ".join(sorted(by_clip)[:SHOWN_KEYS])
-        raise DatasetError(f"{shard.url}: it does not hold the clips {missing} that shard {shard.id} was made from")
-
-    def _windows_of(self, clip: Clip, rows: dict[str, LatentRow]) -> Iterator[Window]:
-        """The wanted windows of a clip; closes it."""
-        first = next(iter(rows.values()))
-        if clip.pair_sha256 != first.pair_sha256:
-            clip.video.close()
-            raise DatasetError(f"{clip.key}: the source has another video or caption than the latent was made from")
-        identity = self.run.identity
-        last = max(row.window_index for row in rows.values())
-        policy = identity.windows.model_copy(update={"max_windows": last + 1})
-        lengths = valid_lengths(policy, spec_from_dict(identity.vae).is_valid_num_frames)
-        given: list[Window] = []
-        with closing(self._pool.decode(iter((clip,)), policy, identity.resize, lengths)) as events:
-            for event in events:
-                match event:
-                    case WindowReady(window):
-                        given.append(window)
-                    case ClipRetracted():
-                        given.clear()
-                    case ClipDone(rejection=Rejection() as rejection):
-                        raise DatasetError(f"{clip.key}: was encoded, cannot be decoded now: {rejection.message}")
-        found = {window.key: window for window in given}
-        for key, row in rows.items():
-            window = found.get(key)
-            if window is None or window.frame_indices != row.frame_indices or window.shape != _shape(row):
-                raise DatasetError(
-                    f"{key}: decoding its clip gives other frames than those it was made from "
-                    f"(then by {row.source.decoder}, now by {', '.join(self._pool.decoders)})"
-                )
-            yield window
 
     @torch.inference_mode()
     def _pair(self, row: LatentRow, frames_THWC: np.ndarray, latent_CTHW: Tensor) -> WindowPair:
         vae = self._vae
         raw = vae.decode(latent_CTHW[None].to(vae.device, vae.dtype))
         decoded_BCTHW = to_unit_range(raw, vae.spec.pixel_range).cpu()
-        if tuple(decoded_BCTHW.shape[2:]) != _shape(row):
+        if tuple(decoded_BCTHW.shape[2:]) != shape_of(row):
             raise ConfigError(
-                f"{row.key}: {vae.spec.name} decodes it to {tuple(decoded_BCTHW.shape[2:])}, not {_shape(row)}"
+                f"{row.key}: {vae.spec.name} decodes it to {tuple(decoded_BCTHW.shape[2:])}, not {shape_of(row)}"
             )
         source_THWC = frames_THWC.copy()  # the window's memory is read-only, and torch would complain
         source_BCTHW = torch.from_numpy(source_THWC).permute(3, 0, 1, 2)[None].float() / 255
@@ -183,12 +133,3 @@ class DecodeBack:
             psnr_T=tuple(psnr_of_frames(decoded_BCTHW, source_BCTHW)[0].tolist()),
             ssim_T=tuple(ssim_of_frames(decoded_BCTHW, source_BCTHW)[0].tolist()) if big_enough else (),
         )
-
-
-def _shape(row: LatentRow) -> tuple[int, int, int]:
-    return row.num_frames, row.height, row.width
-
-
-def _closable(samples: Iterator[Clip | Rejection]) -> Generator[Clip | Rejection, None, None]:
-    """A generator over the samples: closing it closes theirs."""
-    yield from samples

@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -19,20 +18,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cvvae import VAESpec, VideoVAE
+from cvvae import VideoVAE
 from cvvae.compatibility import LatentComparison
 from cvvae.metrics import psnr_of_frames, to_unit_range
+from pipeline.cut_again import cut_again
 from pipeline.dataset import DatasetFolder
-from pipeline.decode.pool import ClipDone, ClipRetracted, DecodePool, WindowReady
+from pipeline.decode.pool import DecodePool
 from pipeline.documents import RunFile, RunIdentity, ShardReceipt
 from pipeline.errors import ConfigError, DatasetError, PipelineError, SourceError
 from pipeline.formats import FORMATS, IndexRow, read_index
 from pipeline.formats.tensors import TORCH_DTYPES
 from pipeline.policies import DTypeName
 from pipeline.recorded import recorded_decoding, recorded_shard, recorded_source
-from pipeline.records import Clip, Latent, Window
-from pipeline.sources import SourceDigest, SourceSpec, read_shard
-from pipeline.windows import valid_lengths
+from pipeline.records import Latent
 
 Decoding = Literal["old_on_old", "new_on_new", "new_on_old", "old_on_new"]
 DECODINGS: dict[Decoding, str] = {
@@ -119,8 +117,8 @@ def measure_drift(
     )
     with DecodePool(recorded_decoding(run), decode_children) as pool:
         for receipt, rows in choose_windows(folder, sample):
-            source = _Source(run, receipt, recorded.spec, pool)
-            for window in source.windows(_stored(folder, run, receipt, rows), report.problems):
+            latents = _stored(folder, run, receipt, rows)
+            for window in _sampled(run, receipt, latents, pool, report.problems):
                 _compare(report, window, recorded, new)
     if not report.keys:
         raise SourceError("none of the sampled windows can be read from the source again: " + report.problems[0])
@@ -199,78 +197,21 @@ def _stored(folder: DatasetFolder, run: RunFile, receipt: ShardReceipt, rows: li
 # --- the source again ---------------------------------------------------------------------------------------------
 
 
-class _Source:
-    """The input of one shard, read and cut as it was when the shard was made."""
-
-    def __init__(self, run: RunFile, receipt: ShardReceipt, spec: VAESpec, pool: DecodePool) -> None:
-        self._identity = run.identity
-        self._spec: SourceSpec = recorded_source(run)
-        self._receipt = receipt
-        self._lengths = valid_lengths(run.identity.windows, spec.is_valid_num_frames)
-        self._pool = pool
-
-    def windows(self, latents: Sequence[Latent], problems: list[str]) -> Iterator[SampledWindow]:
-        """The frames of each latent; what cannot be had is added to `problems`, once for each window."""
-        wanted: dict[str, dict[int, Latent]] = {}
-        for latent in latents:
-            wanted.setdefault(latent.row.clip_key, {})[latent.row.window_index] = latent
-        why = "not in the source any more"
-        try:
-            yield from self._decoded(wanted, problems)
-        except (PipelineError, OSError) as error:
-            why = f"the source of shard {self._receipt.shard_id} cannot be read: {error}"
-        problems += [f"{latent.row.key}: {why}" for of_clip in wanted.values() for latent in of_clip.values()]
-
-    def _decoded(self, wanted: dict[str, dict[int, Latent]], problems: list[str]) -> Iterator[SampledWindow]:
-        """Takes what it gives, or names as a problem, out of `wanted`."""
-        given: list[Window] = []
-        clips = self._clips(wanted, problems)
-        identity = self._identity
-        with closing(self._pool.decode(clips, identity.windows, identity.resize, self._lengths)) as events:
-            for event in events:
-                match event:
-                    case WindowReady(window, clip):
-                        if window.index in wanted[clip.key]:
-                            given.append(window)
-                    case ClipRetracted():
-                        given.clear()
-                    case ClipDone(clip, _, rejection):
-                        latents = wanted.pop(clip.key)
-                        for window in given:
-                            latent = latents.pop(window.index)
-                            if _is_of(latent, window):
-                                yield SampledWindow(latent, window.frames_THWC)
-                            else:
-                                problems.append(f"{latent.row.key}: other frames than were encoded")
-                        why = rejection.message if rejection else "the clip is shorter now"
-                        problems += [f"{latent.row.key}: cannot be cut again: {why}" for latent in latents.values()]
-                        given.clear()
-
-    def _clips(self, wanted: dict[str, dict[int, Latent]], problems: list[str]) -> Iterator[Clip]:
-        """The wanted clips that are still what they were; reads no further than the last of them."""
-        left = set(wanted)
-        shard = recorded_shard(self._receipt)
-        with closing(read_shard(shard, self._spec, max_clip_bytes=1 << 62, digest=SourceDigest())) as samples:  # type: ignore[type-var] - a generator
-            for sample in samples:
-                if isinstance(sample, Clip):
-                    if sample.key not in left:
-                        sample.video.close()
-                        continue
-                    left.discard(sample.key)
-                    expected = {latent.row.pair_sha256 for latent in wanted[sample.key].values()}
-                    if expected == {sample.pair_sha256}:
-                        yield sample
-                    else:
-                        sample.video.close()
-                        latents = wanted.pop(sample.key).values()
-                        problems += [f"{one.row.key}: the source has another video or caption" for one in latents]
-                if not left:
-                    return
-
-
-def _is_of(latent: Latent, window: Window) -> bool:
-    row = latent.row
-    return window.shape == (row.num_frames, row.height, row.width) and window.frame_indices == row.frame_indices
+def _sampled(
+    run: RunFile, receipt: ShardReceipt, latents: Sequence[Latent], pool: DecodePool, problems: list[str]
+) -> Iterator[SampledWindow]:
+    """The frames of each latent; what cannot be had is added to `problems`, once for each window."""
+    left = {latent.row.key: latent for latent in latents}
+    rows = [latent.row for latent in latents]
+    try:
+        for row, window in cut_again(run, recorded_shard(receipt), recorded_source(run), rows, pool):
+            latent = left.pop(row.key)
+            if isinstance(window, str):
+                problems.append(f"{row.key}: {window}")
+            else:
+                yield SampledWindow(latent, window.frames_THWC)
+    except (PipelineError, OSError) as error:
+        problems += [f"{key}: the source of shard {receipt.shard_id} cannot be read: {error}" for key in left]
 
 
 # --- a window -------------------------------------------------------------------------------------------------------
