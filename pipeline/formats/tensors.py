@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import sys
-import tokenize
 from collections.abc import Sequence
 
-import numpy as np
 import safetensors.torch
 import torch
 from numpy.lib import format as npy
@@ -30,9 +29,14 @@ TORCH_DTYPES: dict[DTypeName, torch.dtype] = {
 }
 STORED_DTYPES: dict[str, torch.dtype] = {**TORCH_DTYPES, "int8": torch.int8}
 """Of the numbers in a shard: int8 is for log variances alone."""
-# numpy evaluates the header as a Python literal, and once more through tokenize for Python 2's sake
-_BAD_NPY_HEADER = (ValueError, TypeError, SyntaxError, EOFError, RecursionError, MemoryError, tokenize.TokenError)
-_NPY_DTYPES = {np.dtype("<f2"): torch.float16, np.dtype("<f4"): torch.float32, np.dtype("i1"): torch.int8}
+# Version 1.0 as numpy writes it. Not numpy's reader: that one goes through `ast`, which in CPython 3.11 raises
+# SystemError now and then when two threads parse at once, and a trainer's batches are read by many threads.
+_NPY_HEADER = re.compile(
+    rb"\{'descr': '([^']{1,16})', 'fortran_order': (True|False), "
+    rb"'shape': \((\d{1,18},|\d{1,18}(?:, \d{1,18}){1,31}|)\), \} *\n"
+)
+_NPY_MAGIC = npy.magic(1, 0)
+_NPY_DTYPES = {"<f2": torch.float16, "<f4": torch.float32, "|i1": torch.int8}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -67,18 +71,20 @@ def read_payload(data: bytes, where: str = "payload") -> Tensor:
 
 
 def _read_npy(data: bytes, where: str) -> Tensor:
-    file = io.BytesIO(data)
-    try:
-        version = npy.read_magic(file)
-        if version != (1, 0):
-            raise DatasetError(f"{where}: expected npy version 1.0, got {'.'.join(map(str, version))}")
-        shape, fortran_order, dtype = npy.read_array_header_1_0(file)
-    except _BAD_NPY_HEADER as error:
-        raise DatasetError(f"{where}: npy header: {error}") from error
-    if dtype not in _NPY_DTYPES or fortran_order:
-        order = "Fortran" if fortran_order else "C"
-        raise DatasetError(f"{where}: expected dtype <f2, <f4 or |i1 in C order, got {dtype.str} in {order} order")
-    return _tensor(memoryview(data)[file.tell() :], _NPY_DTYPES[dtype], shape, where)
+    start = len(_NPY_MAGIC) + 2
+    end = start + int.from_bytes(data[len(_NPY_MAGIC) : start], "little")
+    if len(data) < end or end == start:
+        raise DatasetError(f"{where}: npy header: truncated at byte {len(data)}")
+    if not data.startswith(_NPY_MAGIC):
+        raise DatasetError(f"{where}: expected npy version 1.0, got {data[6]}.{data[7]}")
+    header = _NPY_HEADER.fullmatch(data, start, end)
+    if header is None:
+        raise DatasetError(f"{where}: npy header: expected descr, order and shape, got {data[start : start + 120]!r}")
+    dtype, order = header[1].decode("latin-1"), "Fortran" if header[2] == b"True" else "C"
+    if dtype not in _NPY_DTYPES or order == "Fortran":
+        raise DatasetError(f"{where}: expected dtype <f2, <f4 or |i1 in C order, got {dtype} in {order} order")
+    shape = [int(side) for side in header[3].split(b",") if side]
+    return _tensor(memoryview(data)[end:], _NPY_DTYPES[dtype], shape, where)
 
 
 def _read_safetensors(data: bytes, where: str) -> Tensor:
