@@ -165,6 +165,35 @@ def encoder_side(vae: VideoVAE, image_vae: ImageVAE, video_BCTHW: Tensor, choice
     return Comparison(video_BCTHW[:, :, : prediction.shape[2]], prediction)
 
 
+class Reconstruction(NamedTuple):
+    """A pass through the VAE. B counts image latents too if they were appended to the batch."""
+
+    target_BCTHW: Tensor
+    """What `video_BCTHW` should be."""
+    posterior: DiagonalGaussian
+    latent_BCTHW: Tensor
+    """Drawn from the posterior; the clips' latents come first."""
+    video_BCTHW: Tensor
+
+
+def reconstruct(
+    vae: VideoVAE,
+    video_BCTHW: Tensor,
+    settings: Regularization,
+    *,
+    image_vae: ImageVAE | None = None,
+    draw: Draw = DiagonalGaussian.sample,
+) -> Reconstruction:
+    """Encode, draw, decode; with form "code" and an encoder side, the clips' image latents beside their own."""
+    posterior, target_BCTHW = vae.encode(video_BCTHW), video_BCTHW
+    if image_vae is not None and settings.form == "code" and settings.lambda_encoder:
+        last_frames = map_frames(video_BCTHW, choose_frames(vae.spec, video_BCTHW.shape[2], "slice"))
+        posterior = _joined(posterior, encode_images(image_vae, last_frames))
+        target_BCTHW = torch.cat([video_BCTHW, video_BCTHW])
+    latent_BCTHW = draw(posterior)
+    return Reconstruction(target_BCTHW, posterior, latent_BCTHW, vae.decode(latent_BCTHW))
+
+
 def forward_pass(
     vae: VideoVAE,
     video_BCTHW: Tensor,
@@ -182,24 +211,18 @@ def forward_pass(
     if settings.needs_image_vae and image_vae is None:
         raise ValueError("image_vae: expected one, since lambda_decoder or lambda_encoder is above 0; got None")
     num_clips, _, num_frames = video_BCTHW.shape[:3]
-    posterior = vae.encode(video_BCTHW)
-    target_BCTHW = video_BCTHW
-    if image_vae is not None and settings.form == "code" and settings.lambda_encoder:
-        last_frames = map_frames(video_BCTHW, choose_frames(vae.spec, num_frames, "slice"))
-        posterior = _joined(posterior, encode_images(image_vae, last_frames))
-        target_BCTHW = torch.cat([video_BCTHW, video_BCTHW])
-    latent = draw(posterior)
+    made = reconstruct(vae, video_BCTHW, settings, image_vae=image_vae, draw=draw)
     decoder, encoder = None, None
     if image_vae is not None and settings.needs_image_vae:
         choice = choose_frames(vae.spec, num_frames, settings.mapping, mapping_generator)
         if settings.lambda_decoder:
-            decoder = decoder_side(image_vae, video_BCTHW, latent[:num_clips], choice)
+            decoder = decoder_side(image_vae, video_BCTHW, made.latent_BCTHW[:num_clips], choice)
         if settings.lambda_encoder and settings.form == "equations":
             encoder = encoder_side(vae, image_vae, video_BCTHW, choice)
     return Forward(
-        video_BCTHW=target_BCTHW,
-        posterior=posterior,
-        reconstruction_BCTHW=vae.decode(latent),
+        video_BCTHW=made.target_BCTHW,
+        posterior=made.posterior,
+        reconstruction_BCTHW=made.video_BCTHW,
         decoder_side=decoder,
         encoder_side=encoder,
     )

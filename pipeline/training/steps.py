@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cvvae import DiagonalGaussian, VideoVAE
 from cvvae.image_vae import ImageVAE
 from cvvae.losses import PerceptualDistance, VAELoss
-from cvvae.regularization import Forward, forward_pass
+from cvvae.regularization import Forward, forward_pass, reconstruct
 from pipeline.errors import ConfigError
 from pipeline.formats.tensors import TORCH_DTYPES
 from pipeline.policies import DTypeName
@@ -129,7 +129,7 @@ class Stepper:
                 )
             self.scalers["generator"].scale(loss * share).backward()
             _add(figures, terms, share)
-            reconstructions.append(result.reconstruction_BCTHW[: len(numbers)].detach())
+            reconstructions.append(result.reconstruction_BCTHW.detach())
         figures["gradient_norm"] = self._apply("generator", players.generator_parameters())
         for weight in self._judge_weights:
             weight.requires_grad_(True)
@@ -145,13 +145,12 @@ class Stepper:
             share = len(numbers) / len(batch.numbers)
             with self.precision.autocast():
                 if reconstructions is None:
-                    with torch.no_grad():
-                        posterior = self._vae.encode(video_BCTHW)
-                        fake_BCTHW = self._vae.decode(self._draw(posterior, numbers, batch.step))
+                    fake_BCTHW = self._reconstructed(video_BCTHW, numbers, batch.step)
                 else:
                     fake_BCTHW = reconstructions[place]
+                sides = len(fake_BCTHW) // len(video_BCTHW)  # 2 if image latents were decoded beside the clips' own
                 loss, terms = self.players.loss.discriminator_loss(
-                    video_BCTHW, fake_BCTHW, step=batch.step, discriminator=discriminator
+                    video_BCTHW.repeat(sides, 1, 1, 1, 1), fake_BCTHW, step=batch.step, discriminator=discriminator
                 )
             self.scalers["discriminator"].scale(loss * share).backward()
             _add(figures, terms, share)
@@ -168,6 +167,17 @@ class Stepper:
             mapping_generator=frames,
             draw=lambda posterior: self._draw(posterior, numbers, step),
         )
+
+    @torch.no_grad()
+    def _reconstructed(self, video_BCTHW: Tensor, numbers: Sequence[int], step: int) -> Tensor:
+        made = reconstruct(
+            self._vae,
+            video_BCTHW,
+            self.players.loss.regularization,
+            image_vae=self.players.image_vae,
+            draw=lambda posterior: self._draw(posterior, numbers, step),
+        )
+        return made.video_BCTHW
 
     def _draw(self, posterior: DiagonalGaussian, numbers: Sequence[int], step: int) -> Tensor:
         """A sample of each; image latents appended to the batch (the regularization's encoder side) come after."""
