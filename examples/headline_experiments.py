@@ -1,7 +1,7 @@
 """CV-VAE's promise at small scale: what a model that learned image latents gains on latents that are like them.
 
-    python examples/headline_experiments.py frames   --out OUT --image-vae I --video-vae V
-    python examples/headline_experiments.py converge --out OUT --image-vae I --video-vae V --plain-vae P
+    python examples/headline_experiments.py frames   --out OUT
+    python examples/headline_experiments.py converge --out OUT --plain-vae P
     python examples/headline_experiments.py fvd      --run OUT/output
 
 frames    a latent model learns the image VAE's latents of every fourth frame; then only its output layer is finetuned
@@ -12,8 +12,9 @@ converge  from the same start, everything is finetuned on latents of the regular
 fvd       FVD of what a run draws against the latents it learned, both decoded, with the network and the distance of
           `latents evaluate`.
 
-The loss is the mean squared error of the velocity over that of predicting 0, on fixed noise and all windows: latent
-spaces of other scales can be compared. Each run is made once; OUT/*.json has the figures.
+The VAEs are the shipped ones if --image-vae and --video-vae name no others. The loss is the mean squared error of the
+velocity over that of predicting 0, on fixed noise and all windows: latent spaces of other scales can be compared.
+Each run is made once; OUT/*.json has the figures.
 """
 
 from __future__ import annotations
@@ -129,7 +130,13 @@ Checkpoint = Annotated[str, typer.Option(help="What load_vae reads.")]
 
 
 @app.command()
-def frames(image_vae: Checkpoint, video_vae: Checkpoint, out: Out, base_steps: int = 3000, steps: int = 300) -> None:
+def frames(
+    out: Out,
+    image_vae: Checkpoint = "shipped://tiny-image-vae",
+    video_vae: Checkpoint = "shipped://tiny-cvvae",
+    base_steps: int = 3000,
+    steps: int = 300,
+) -> None:
     """Four times the frames by finetuning the output layer."""
     image, video = _image_and_video(image_vae, video_vae, out, base_steps)
     _report(out / "frames.json", compare_finetuning(image, video, out, steps))
@@ -137,7 +144,11 @@ def frames(image_vae: Checkpoint, video_vae: Checkpoint, out: Out, base_steps: i
 
 @app.command()
 def converge(
-    image_vae: Checkpoint, video_vae: Checkpoint, plain_vae: Checkpoint, out: Out, base_steps: int = 3000
+    out: Out,
+    plain_vae: Checkpoint,
+    image_vae: Checkpoint = "shipped://tiny-image-vae",
+    video_vae: Checkpoint = "shipped://tiny-cvvae",
+    base_steps: int = 3000,
 ) -> None:
     """Do regularized latents converge faster from a model of image latents?"""
     image, video = _image_and_video(image_vae, video_vae, out, base_steps)

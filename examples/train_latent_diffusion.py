@@ -1,6 +1,6 @@
 """Train a small latent video diffusion model on a dataset of latents, and look at what it draws. Made to be copied.
 
-    python examples/train_latent_diffusion.py --data data/demo/latents --vae cvvae-sd21-tiny --out data/runs/first
+    python examples/train_latent_diffusion.py --data data/demo/latents --out data/runs/first
     torchrun --nproc-per-node 8 examples/train_latent_diffusion.py --data s3://bucket/latents --vae /path/to/vae ...
 
 A transformer over patches of latent frames whose blocks attend over space, then over time (Latte, arXiv 2401.03048,
@@ -19,7 +19,6 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from cvvae import SPECS, VideoVAE, load_vae, seeded_vae
+from pipeline.checkpoints import fetch_checkpoint
 from pipeline.reader import LatentBatch, LatentDataset
 
 WORDS = 4096  # hashes of words that a caption is told apart by
@@ -42,7 +42,7 @@ class Settings:
     """Every field is an option: --data, --steps ..."""
 
     data: str = "data/demo/latents"
-    vae: str = "cvvae-sd21-tiny"  # a checkpoint for load_vae, or a name of SPECS: seeded weights, as in the demo
+    vae: str = "shipped://tiny-cvvae"  # a checkpoint, as of latents encode, or a name of SPECS: seeded weights
     out: str = "data/runs/latent-diffusion"
     bucket: str = ""  # TTTTTxHHHHHxWWWWW; "" is all of them
     batch_size: int = 8  # over all ranks
@@ -113,7 +113,7 @@ class LatentTransformer(nn.Module):
         self.output = nn.ConvTranspose3d(width, channels, kernel, stride=kernel)
         nn.init.zeros_(self.output.weight)
 
-    def forward(self, x_BCTHW: Tensor, time_B: Tensor, captions: Sequence[str]) -> Tensor:
+    def forward(self, x_BCTHW: Tensor, time_B: Tensor, captions: list[str]) -> Tensor:
         if any(side % patch for side, patch in zip(x_BCTHW.shape[2:], self.enter.kernel_size)):
             raise ValueError(f"expected sides that patches of {self.enter.kernel_size} fill, got {x_BCTHW.shape}")
         x = self.enter(x_BCTHW)
@@ -129,7 +129,7 @@ class LatentTransformer(nn.Module):
         return self.output(x.permute(0, 4, 1, 2, 3))
 
 
-def bags_of_words(captions: Sequence[str]) -> Tensor:
+def bags_of_words(captions: list[str]) -> Tensor:
     """(B, WORDS), 1 where a word's hash is: the least that a caption can be. All zeros for an empty one."""
     bags = torch.zeros(len(captions), WORDS)
     for bag, caption in zip(bags, captions):
@@ -147,7 +147,7 @@ def on_path(objective: str, clean: Tensor, noise: Tensor, time_B: Tensor) -> tup
 
 
 @torch.no_grad()
-def draw(model: nn.Module, x_BCTHW: Tensor, captions: Sequence[str], settings: Settings) -> Tensor:
+def draw(model: nn.Module, x_BCTHW: Tensor, captions: list[str], settings: Settings) -> Tensor:
     """Normalized latents from noise: Euler steps back along the path."""
     count, speed = settings.sampler_steps, 1.0 if settings.objective == "flow" else math.pi / 2
     for step in range(count, 0, -1):
@@ -168,7 +168,7 @@ def loss_of(model: nn.Module, batch: LatentBatch, settings: Settings, generator:
 
 
 def open_vae(name: str) -> VideoVAE:
-    return (seeded_vae(SPECS[name], 0) if name in SPECS else load_vae(name)).eval()
+    return (seeded_vae(SPECS[name], 0) if name in SPECS else load_vae(fetch_checkpoint(name))).eval()
 
 
 class Artist:
