@@ -45,7 +45,7 @@ def node_address() -> str:
 
 
 class RemoteDecoders:
-    """Keeps `shape.number` such tasks running or waiting for room. Close it after the pool."""
+    """Keeps `shape.number` such tasks running or waiting for room."""
 
     def __init__(self, invitation: Invitation, shape: RemoteShape, present: Callable[[], int]) -> None:
         """`present` is how many of their children the pool has now."""
@@ -60,7 +60,7 @@ class RemoteDecoders:
         self._thread.start()
 
     def close(self) -> None:
-        """Tasks that run end with the pool's door; those that wait for room are taken back."""
+        """End those that run, and take back those that wait for room."""
         self._closing.set()
         self._thread.join()
         for task in self._running:
