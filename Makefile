@@ -43,6 +43,7 @@ test-slow: $(READY) ## the long sweeps
 bench: $(READY) ## speed and memory on this machine, side by side (half an hour; docs/benchmarks.md)
 	$(BIN)/python jobs/bench_pipeline.py
 	$(BIN)/python jobs/bench_decode.py
+	$(BIN)/python jobs/bench_remote_decode.py
 	$(BIN)/python jobs/bench_encode.py
 	$(BIN)/python jobs/bench_memory.py
 	$(BIN)/python jobs/measure_precision.py

@@ -75,7 +75,7 @@ def _places(backend: BackendName, stack: ExitStack) -> tuple[Place, ...]:
         return _in_process(video, backend, copies)
 
     def in_pool(pool: DecodePool) -> Place:
-        return lambda video, copies: _in_pool(pool, video, copies)
+        return lambda video, copies: decode_in_pool(pool, video, copies)
 
     pools = [stack.enter_context(DecodePool(DecodePolicy(backends=(backend,)), children)) for children in (1, 2)]
     return in_process, *(in_pool(pool) for pool in pools)
@@ -103,7 +103,8 @@ def _in_process(video: bytes, backend: BackendName, repeats: int) -> float:
     return frames / (time.perf_counter() - started)
 
 
-def _in_pool(pool: DecodePool, video: bytes, repeats: int) -> float:
+def decode_in_pool(pool: DecodePool, video: bytes, repeats: int) -> float:
+    """Frames/s of so many copies of a video; who asks for it takes its windows and does nothing with them."""
     frames, started = 0, time.perf_counter()
     for event in pool.decode(_clips(video, repeats), WINDOWS, RESIZE, LENGTHS):
         if isinstance(event, ClipDone):

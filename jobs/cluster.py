@@ -104,18 +104,19 @@ def decide_shape(
     gpus = sum(node.get("GPU", 0.0) for node in nodes)
     cpus = sum(node.get("CPU", 0.0) for node in nodes)
     gpus_per_actor = config.gpus_per_actor if config.gpus_per_actor is not None else (1.0 if gpus else 0.0)
+    asked = config.decode_children
     if gpus_per_actor:
         # per node, since an actor has its share of one; the margin is for shares such as 0.2: 1 // 0.2 is 4
         fitting = sum(int(node.get("GPU", 0.0) / gpus_per_actor + 1e-6) for node in nodes)
         num_actors = config.num_actors or max(1, fitting)
         cores = min((n.get("CPU", 0.0) * gpus_per_actor / n["GPU"] for n in nodes if n.get("GPU")), default=1.0)
-        children = config.decode_children or min(MAX_DECODE_CHILDREN, max(1, int(cores) - 1))
+        children = min(MAX_DECODE_CHILDREN, max(1, int(cores) - 1)) if asked is None else asked
         # a node with fewer than two cores per actor shares them rather than leave GPUs idle
-        threads, reserved = 1, 1.0 + children if config.decode_children else min(cores, 1.0 + children)
+        threads, reserved = 1, min(cores, 1.0 + children) if asked is None else 1.0 + children
     else:
         num_actors = config.num_actors or max(1, int(cpus // CORES_PER_CPU_ACTOR))
         cores = max(1.0, min(cpus / num_actors, max((n.get("CPU", 1.0) for n in nodes), default=1.0)))
-        children = config.decode_children or max(1, int(cores) // 4)
+        children = max(1, int(cores) // 4) if asked is None else asked
         # decoding is a small share of the work without a GPU, so few cores are shared rather than split
         threads = encode.threads or max(1, int(cores) - (children if cores > 2 else 0))
         reserved = float(int(cores))  # all that it uses, or Ray would put two on one node
@@ -126,6 +127,8 @@ def decide_shape(
         encode_threads=threads,
         num_cpus=reserved,
         max_attempts=config.max_attempts,
+        remote_decoders=config.remote_decoders,
+        remote_decode_resource=config.remote_decode_resource,
     )
     require_room(shape, nodes)
     return shape

@@ -6,10 +6,10 @@ import difflib
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from cvvae import SPECS
 from pipeline.checkpoints import VAESource
@@ -44,9 +44,15 @@ class ClusterConfig(Policy):
     """Encode actors, each with a replica of the VAE. None: one per GPU, or one per eight cores without GPUs."""
     gpus_per_actor: Annotated[float, Field(ge=0)] | None = None
     """None: 1 if the cluster has GPUs, else 0."""
-    decode_children: Annotated[int, Field(ge=1)] | None = None
+    decode_children: Annotated[int, Field(ge=0)] | None = None
     """Decode processes per encode actor. None: the cores of an actor's share of its node, less one, at most 16; a
-    quarter of them without GPUs."""
+    quarter of them without GPUs. 0, which needs remote_decoders: one that takes only what failed elsewhere."""
+    remote_decoders: Annotated[int, Field(ge=0)] = 0
+    """Decode processes per encode actor on other nodes, besides. The run goes on without those that have no room, and
+    when their nodes go."""
+    remote_decode_resource: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")] = "decode"
+    """The custom Ray resource by which nodes lend their cores for that; each remote decoder takes 1 of it and
+    `decode.threads` cores."""
     max_attempts: Annotated[int, Field(ge=2)] = 3
     """A shard that was begun this often without an end is not tried again. From the second time on it runs alone in
     its actor, so that only its own end counts."""
@@ -54,6 +60,17 @@ class ClusterConfig(Policy):
     """What becomes of the run then: it stops and names the shard, or goes on without it."""
     shard_timeout_minutes: Annotated[float, Field(ge=1)] = 240.0
     """Ray ends the run if nothing at all comes back for this long."""
+
+    @model_validator(mode="after")
+    def _something_decodes(self) -> Self:
+        if self.decode_children == 0 and not self.remote_decoders:
+            raise ValueError("cluster.decode_children: 0 needs cluster.remote_decoders, got 0")
+        if self.remote_decode_resource in ("CPU", "GPU", "TPU", "memory", "object_store_memory"):
+            raise ValueError(
+                "cluster.remote_decode_resource: expected a custom resource, got Ray's own "
+                f"{self.remote_decode_resource!r}"
+            )
+        return self
 
 
 class LogConfig(Policy):

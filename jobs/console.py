@@ -64,7 +64,9 @@ class RunDisplay:
         self._num_actors = shape.num_actors
         actors = _number(shape.num_actors, "encode actor")
         each = " each" if shape.num_actors > 1 else ""
-        self._console.print(f"{actors} ({device}, {_number(shape.decode_children, 'decode process', 'es')}{each})")
+        elsewhere = f" and {shape.remote_decoders} on other nodes" if shape.remote_decoders else ""
+        decoders = f"{_number(shape.decode_children, 'decode process', 'es')}{elsewhere}"
+        self._console.print(f"{actors} ({device}, {decoders}{each})")
         columns = (
             SpinnerColumn(),
             TextColumn("encoding"),

@@ -244,4 +244,5 @@ def cluster(config: EncodeConfig | None) -> Iterator[Finding]:
     if config is not None:
         shape = decide_shape(config.cluster, config.encode, nodes, num_shards=1 << 30)
         each = f"{shape.num_cpus:g} CPU, {shape.num_gpus:g} GPU, {shape.decode_children} decode processes"
+        each += f" and {shape.remote_decoders} on other nodes" if shape.remote_decoders else ""
         yield Finding("encode actors", "good", f"{shape.num_actors}, each with {each}")

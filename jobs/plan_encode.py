@@ -5,6 +5,7 @@ latents plan configs/encode/webvid_256.yaml --gpus 8 --gpus 64 --price 2.5
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from datetime import timedelta
@@ -64,6 +65,8 @@ def plan(
     console = Console(highlight=False)
     for table in plan_tables(planned):
         console.print(table)
+    for advice in decode_advice(planned):
+        console.print(advice, soft_wrap=True)
     console.print(f"plan: {where}", soft_wrap=True)
 
 
@@ -96,7 +99,12 @@ def run_plan(
             on_group=lambda done, total: progress.update(bar, completed=done, total=total),
         )
     threads = 0 if shape.num_gpus else shape.encode_threads
-    each = EncoderShape(decode_children=shape.decode_children, encode_threads=threads, cores=shape.num_cpus)
+    remote = shape.remote_decoders
+    each = EncoderShape(
+        decode_children=shape.decode_children + remote,
+        encode_threads=threads,
+        cores=shape.num_cpus + remote * config.decode.threads,
+    )
     sizes = sorted({shape.num_actors, *(encoders or CLUSTERS)})
     return make_plan(shards, census, sample, each, encoders=sizes, price_per_hour=price)
 
@@ -111,6 +119,19 @@ def _shape_here(config: EncodeConfig, num_shards: int) -> ActorShape:
 def plan_tables(planned: EncodePlan) -> list[Table]:
     """The plan for people."""
     return [_what(planned), _speed(planned), _bytes(planned), _time(planned)]
+
+
+def decode_advice(planned: EncodePlan) -> list[str]:
+    """A line if a GPU would wait for its decode processes. Without GPUs it is more encoders that need more nodes."""
+    needed = planned.decode_cores_per_encoder.value
+    missing = math.ceil(needed - planned.decode_children)
+    if planned.device.startswith("cpu") or missing <= 0:
+        return []
+    return [
+        f"An encoder needs {needed:.1f} decode cores and has {planned.decode_children}: it will wait for decoding. "
+        f"Raise cluster.decode_children if its node has {missing} more cores for it, or lend it other nodes' cores: "
+        f"--set cluster.remote_decoders={missing} (docs/operations.md)."
+    ]
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -36,8 +36,9 @@ from pipeline.encoder import TileEncoder
 from pipeline.errors import ConfigError, PipelineError, ShardError
 from pipeline.event_log import LogFormat, set_up_log
 from pipeline.metrics import MetricsExport
-from pipeline.policies import EncodePolicy
+from pipeline.policies import DecodePolicy, EncodePolicy
 from pipeline.records import VideoShard, printable
+from pipeline.remote_decode import RemoteDecoders, RemoteShape, node_address
 from pipeline.run_monitor import Figures, RunMonitor, RunProgress
 from pipeline.scratch import Scratch
 from pipeline.shard import ShardEncoder, ShardFailed, ShardJob, ShardOutcome, ShardPoisoned, ShardStored
@@ -60,6 +61,10 @@ class ActorShape:
     num_cpus: float
     """Cores that Ray reserves for one actor."""
     max_attempts: int = 3
+    remote_decoders: int = 0
+    """Decode children of each actor on other nodes."""
+    remote_decode_resource: str = "decode"
+    """The custom resource that lends them a core each."""
 
 
 _SHARD = TypeAdapter(VideoShard)
@@ -93,7 +98,13 @@ class _Replica:
             )
         device = torch.device("cuda" if shape.num_gpus else "cpu")
         self._tiles = TileEncoder(model, encode, device, threads=None if shape.num_gpus else shape.encode_threads)
-        self._pool = DecodePool(job.decode, shape.decode_children)
+        self._pool = DecodePool(
+            job.decode, shape.decode_children, num_remote=shape.remote_decoders, host=node_address()
+        )
+        if self._pool.invitation is not None:
+            self._remote = RemoteDecoders(
+                self._pool.invitation, remote_shape(shape, job.decode), lambda: self._pool.remote_children
+            )
         self._encoder = ShardEncoder(job, self._tiles, self._pool, Scratch())
         self._metrics = MetricsExport(job.store.full_url(""), ray.get_runtime_context().get_actor_id() or "")
 
@@ -115,9 +126,17 @@ def figures_of(tiles: TileEncoder, pool: DecodePool) -> Figures:
         **tiles.device_memory(),
         "clips_waiting": clips,
         "windows_waiting": windows,
-        "decode_children": len(pool.child_pids()),
+        "decode_children": len(pool.child_pids()) + pool.remote_children,
+        "remote_decoders": pool.remote_children,
+        "remote_clips": pool.remote_clips,
         "retries.decode_child": pool.children_replaced,
     }
+
+
+def remote_shape(shape: ActorShape, policy: DecodePolicy) -> RemoteShape:
+    """What one actor's remote decode children ask of the cluster."""
+    resource = shape.remote_decode_resource
+    return RemoteShape(number=shape.remote_decoders, num_cpus=policy.threads, resource=resource)
 
 
 class EncodeShards:
@@ -222,6 +241,13 @@ def require_room(shape: ActorShape, nodes: list[dict[str, float]]) -> None:
         )
     if fitting < shape.num_actors:
         log.warning("only some encode actors fit now: fitting=%d wanted=%d", fitting, shape.num_actors)
+    lent = sum(node.get(shape.remote_decode_resource, 0.0) for node in nodes)
+    if lent < (wanted := shape.remote_decoders * shape.num_actors):
+        log.warning(
+            "only some remote decoders have room now: lent=%g wanted=%d. A node lends its cores with "
+            "--resources '{\"%s\": CORES}' at its start",
+            *(lent, wanted, shape.remote_decode_resource),
+        )
 
 
 def encode_shards(

@@ -45,7 +45,9 @@ METRICS: dict[str, Metric] = {
     ),
     "clips_waiting": Metric("latents_decode_clips_waiting", Gauge, "Clips that wait for a decode process."),
     "windows_waiting": Metric("latents_decode_windows_waiting", Gauge, "Decoded windows that wait for the encoder."),
-    "decode_children": Metric("latents_decode_children", Gauge, "Decode processes that run."),
+    "decode_children": Metric("latents_decode_children", Gauge, "Decode processes that run, anywhere."),
+    "remote_decoders": Metric("latents_remote_decoders", Gauge, "Those of them on other nodes."),
+    "remote_clips": Metric("latents_remote_clips_total", Counter, "Clips decoded on other nodes."),
     "gpu_bytes": Metric("latents_gpu_memory_bytes", Gauge, "GPU memory: allocated, reserved, peak.", "kind"),
 }
 

@@ -126,7 +126,8 @@ def ray_environment() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def ray_cluster(ray_environment: dict[str, str]) -> Iterator[str]:
-    """The one Ray of the run: 4 logical CPUs, no dashboard, its processes talk over loopback. Yields its address.
+    """The one Ray of the run: 4 logical CPUs, 2 of them lent to remote decoders, no dashboard, its processes talk
+    over loopback. Yields its address.
 
     127.0.0.2, since Ray silently replaces 127.0.0.1 by the address of a network card; its servers bind all
     interfaces whatever the address, which is what the token is for.
@@ -142,6 +143,7 @@ def ray_cluster(ray_environment: dict[str, str]) -> Iterator[str]:
     context = ray.init(
         num_cpus=4,
         num_gpus=0,
+        resources={"decode": 2},
         object_store_memory=256 << 20,
         include_dashboard=False,
         logging_level="warning",

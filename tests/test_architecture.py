@@ -16,8 +16,8 @@ DOORS = {
     "fsspec": {"pipeline/storage.py"},
     "aiobotocore": {"pipeline/s3_client.py"},
     "ray": {
-        *("pipeline/dataflow.py", "pipeline/metrics.py"),
-        *("jobs/cluster.py", "jobs/train_workers.py", "jobs/submit.py"),
+        *("pipeline/dataflow.py", "pipeline/metrics.py", "pipeline/remote_decode.py"),
+        *("jobs/cluster.py", "jobs/train_workers.py", "jobs/submit.py", "jobs/bench_remote_decode.py"),
     },
     "tensorboard": set(),  # through torch.utils.tensorboard, in pipeline/training/reports.py
     "av": {

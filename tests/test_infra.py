@@ -16,7 +16,7 @@ import jsonschema
 import pytest
 import yaml
 
-from jobs.config import EncodeConfig, load_config
+from jobs.config import ClusterConfig, EncodeConfig, load_config
 from tests.kuberay_schema import SCHEMAS, operator_problems
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -89,6 +89,18 @@ def test_the_encode_job_runs_a_config_that_is_there() -> None:
 
 def test_job_and_cluster_have_the_same_nodes() -> None:
     assert document("encode-rayjob.yaml")["spec"]["rayClusterSpec"] == document("raycluster.yaml")["spec"]
+
+
+def test_the_decode_group_lends_the_resource_that_runs_ask_for() -> None:
+    """Read as Ray's autoscaler reads it, which brings up nodes of this group for it."""
+    from ray.autoscaler._private.kuberay.autoscaling_config import _get_custom_resources
+
+    gpu, decode = document("raycluster.yaml")["spec"]["workerGroupSpecs"]
+    assert "resources" not in gpu["rayStartParams"]
+    lent = _get_custom_resources({}, decode["rayStartParams"], decode["groupName"])
+    (container,) = decode["template"]["spec"]["containers"]
+    assert lent == {ClusterConfig().remote_decode_resource: int(container["resources"]["requests"]["cpu"])}
+    assert "nvidia.com/gpu" not in container["resources"]["limits"]
 
 
 @pytest.mark.parametrize("name", MANIFESTS)

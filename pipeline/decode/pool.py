@@ -3,6 +3,9 @@
 A thread per child owns it for life (the kernel kills a child with the thread that started it), hands it one clip at
 a time, watches what it spends and replaces it when it must. `decode` gives the events of its clips in clip order
 however many children there are; several threads may call it at once and share the children.
+
+Children on other nodes, which come in by a `Door`, take clips from the same queue. A clip that any child has failed
+with is tried once more by a child of this machine, so that a node that is lost costs time, and no clip.
 """
 
 from __future__ import annotations
@@ -16,9 +19,11 @@ from types import TracebackType
 from typing import Self
 
 from pipeline.decode.clips import ClipSummary
+from pipeline.decode.door import Door
+from pipeline.decode.link import Invitation
 from pipeline.decode.task import ClipTask, Ended, Failed, Given, Voided
 from pipeline.decode.wire import Job
-from pipeline.decode.worker import PoolWorker, TaskQueue
+from pipeline.decode.worker import PoolWorker, TaskQueue, local_child
 from pipeline.errors import ConfigError
 from pipeline.policies import BackendName, DecodePolicy, ResizePolicy, WindowPolicy
 from pipeline.records import Clip, Rejection, Window
@@ -71,35 +76,67 @@ class _LookAhead:
 
 
 class DecodePool:
-    """`num_children` decode processes. Close it, or use it as a context manager."""
+    """`num_children` decode processes, and `num_remote` more that others start elsewhere and send to its door. Close
+    it, or use it as a context manager."""
 
-    def __init__(self, policy: DecodePolicy, num_children: int) -> None:
-        """Starts the children. PipelineError if one does not start, ConfigError if no backend is installed."""
-        if num_children < 1:
-            raise ConfigError(f"a decode pool needs at least 1 child, got {num_children}")
+    def __init__(
+        self, policy: DecodePolicy, num_children: int, *, num_remote: int = 0, host: str = "127.0.0.1"
+    ) -> None:
+        """Starts the children. With remote ones there may be no other: then one is started that takes only what has
+        failed before. `host` is this machine's address, as the other nodes see it.
+
+        PipelineError if a child does not start, ConfigError if no backend is installed.
+        """
+        if num_children < 0 or num_remote < 0 or num_children + num_remote < 1:
+            raise ConfigError(
+                f"a decode pool needs at least 1 child, got {num_children} here, {num_remote} elsewhere"
+            )
         self.policy = policy
         self._queue = TaskQueue()
         self._numbers = iter(range(1 << 62))
         self._lock = threading.Lock()
         self._in_work: set[ClipTask] = set()
-        self._workers = [PoolWorker(self._queue, policy, name=f"decode-{n}") for n in range(num_children)]
+        self._door: Door | None = None
+        take = self._queue.get if num_children else self._queue.get_again
+        self._workers = [
+            PoolWorker(self._queue, policy, take=take, start_child=local_child, name=f"decode-{n}")
+            for n in range(max(1, num_children))
+        ]
+        self._remote: list[PoolWorker] = []
         try:
             for worker in self._workers:
                 worker.start()
             decoders = [worker.wait_started() for worker in self._workers][-1]
             self._backends = _installed(policy.backends, decoders)
+            if num_remote:
+                self._let_in(Door(host, decoders), num_remote)
         except BaseException:  # Ctrl-C too: no child may outlive the attempt
             self.close()
             raise
         self.decoders = tuple(str(decoders[name]) for name in self._backends)
         """The decoders in use with their versions, in the order they are tried: ("pyav-18.1.0", ...)."""
 
+    def _let_in(self, door: Door, num_remote: int) -> None:
+        self._door = door
+        for n in range(num_remote):
+            name = f"decode-remote-{n}"
+            worker = PoolWorker(
+                self._queue, self.policy, take=self._queue.get_new, start_child=door.next_child, name=name
+            )
+            self._remote.append(worker)
+            worker.start()
+
+    @property
+    def invitation(self) -> Invitation | None:
+        """What `pipeline.decode.relay.serve` needs on another node; None for a pool without remote children."""
+        return self._door.invitation if self._door is not None else None
+
     def decode(
         self, clips: Iterator[Clip], windows: WindowPolicy, resize: ResizePolicy, lengths: tuple[int, ...]
     ) -> Generator[DecodeEvent, None, None]:
-        """Events in clip order. At most num_children + 1 clips are taken ahead; each clip's Blob is closed at its
-        ClipDone, or when the iterator is closed. `lengths` are the VAE's, up to a window's: ConfigError if that is
-        none of them."""
+        """Events in clip order. At most a clip per child and one more are taken ahead; each clip's Blob is closed at
+        its ClipDone, or when the iterator is closed. `lengths` are the VAE's, up to a window's: ConfigError if that
+        is none of them."""
         check_window_length(windows, lengths)
         return self._decode(clips, windows, resize, lengths)
 
@@ -110,7 +147,10 @@ class DecodePool:
         clips = iter(clips)
         try:
             while True:
-                while len(ahead.tasks) <= len(self._workers) and (clip := next(clips, None)) is not None:
+                while (
+                    len(ahead.tasks) <= len(self._workers) + len(self._remote)
+                    and (clip := next(clips, None)) is not None
+                ):
                     ahead.tasks.append(self._task(clip, windows, resize, lengths))
                     self._queue.put(ahead.tasks[-1])
                 if not ahead.tasks:
@@ -140,7 +180,17 @@ class DecodePool:
     @property
     def children_replaced(self) -> int:
         """How often a child was ended for a limit, or died, and was started anew."""
-        return sum(worker.replaced for worker in self._workers)
+        return sum(worker.replaced for worker in [*self._workers, *self._remote])
+
+    @property
+    def remote_clips(self) -> int:
+        """Clips that came to their end on other nodes."""
+        return sum(worker.served for worker in self._remote)
+
+    @property
+    def remote_children(self) -> int:
+        """How many of the children on other nodes are there now."""
+        return sum(worker.has_child for worker in self._remote)
 
     def _job(self, windows: WindowPolicy, resize: ResizePolicy, lengths: tuple[int, ...]) -> Job:
         with self._lock:
@@ -156,13 +206,15 @@ class DecodePool:
         )
 
     def child_pids(self) -> list[int]:
-        """Process ids of the children that run now, for monitoring."""
+        """Process ids of this machine's children that run now, for monitoring."""
         return [pid for worker in self._workers if (pid := worker.child_pid) is not None]
 
     def close(self) -> None:
         """End the children and their threads. A `decode` still running raises PipelineError."""
         self._queue.close()
-        for worker in self._workers:
+        if self._door is not None:
+            self._door.close()
+        for worker in [*self._workers, *self._remote]:
             worker.close()
 
     def __enter__(self) -> Self:

@@ -10,11 +10,12 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 
 from pipeline.decode.blob import Blob
-from pipeline.decode.wire import Channel, Job, Message
+from pipeline.decode.wire import Channel, Message
 from pipeline.errors import ClipError, PipelineError, RejectionClass
 from pipeline.policies import DecodePolicy
 
@@ -27,6 +28,51 @@ _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 class ChildDied(Exception):
     """The child ended by itself, or said what no child says. Caught by the pool."""
+
+
+class Child(Protocol):
+    """A decode child as its worker sees it, wherever it runs. Of one thread, but for `pid` and `is_alive`."""
+
+    @property
+    def pid(self) -> int | None:
+        """None on another node."""
+        ...
+
+    @property
+    def is_alive(self) -> bool: ...
+
+    @property
+    def decoders(self) -> dict[str, str | None]:
+        """The version of each decoder it can import."""
+        ...
+
+    def register(self, selector: selectors.BaseSelector) -> None:
+        """Watch for "message" (`receive`) and, if it has one here, for "stderr" (`drain_stderr`)."""
+        ...
+
+    def send(self, message: Message, blob: Blob | None = None) -> None:
+        """ChildDied if it cannot be reached. The blob stays the caller's."""
+        ...
+
+    def receive(self) -> tuple[Message, Blob | None] | None:
+        """The next message, or None for a mere sign of life. ChildDied if there will be none."""
+        ...
+
+    def drain_stderr(self) -> bool:
+        """False at the end."""
+        ...
+
+    def cpu_seconds(self) -> float:
+        """Processor time up to now."""
+        ...
+
+    def private_bytes(self) -> int:
+        """Resident memory that is its alone."""
+        ...
+
+    def kill(self) -> None:
+        """End it now; safe to call twice."""
+        ...
 
 
 class DecodeChild:
@@ -64,13 +110,8 @@ class DecodeChild:
         selector.register(self._channel, selectors.EVENT_READ, "message")
         selector.register(self._stderr_fd, selectors.EVENT_READ, "stderr")
 
-    def send_job(self, job: Job, clip: Blob) -> None:
-        self._send(job.to_message(), clip)
-
-    def send_ack(self, job: Job) -> None:
-        self._send({"type": "ack", "job": job.number})
-
-    def _send(self, message: Message, blob: Blob | None = None) -> None:
+    def send(self, message: Message, blob: Blob | None = None) -> None:
+        """ChildDied if it is gone. The blob stays the caller's."""
         try:
             self._channel.send(message, blob)
         except OSError as error:
@@ -140,7 +181,7 @@ class DecodeChild:
 class Limits:
     """What a child may spend on a clip between two signs of progress. Asked often, it looks every POLL_SECONDS."""
 
-    def __init__(self, child: DecodeChild, policy: DecodePolicy) -> None:
+    def __init__(self, child: Child, policy: DecodePolicy) -> None:
         self._child = child
         self._policy = policy
         self._looked = time.monotonic()

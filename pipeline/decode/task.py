@@ -48,6 +48,10 @@ class ClipTask:
     def __init__(self, clip: Clip, job: Job) -> None:
         self.clip = clip
         self.job = job
+        self.attempts = 0
+        """Those that came to nothing; the serving thread's."""
+        self.items_put = 0
+        """Over all attempts; the serving thread's."""
         self._items: deque[Item] = deque()
         self._changed = threading.Condition()
         self._wake: Callable[[], None] | None = None
@@ -97,12 +101,21 @@ class ClipTask:
 
     def put(self, item: Item) -> None:
         """What was put before is delivered first, whatever it is: the sequence is a function of the clip."""
+        self.items_put += 1
         with self._changed:
             if self._cancelled and isinstance(item, Given):
                 item.window.pixels.close()
             else:
                 self._items.append(item)
                 self._waiting += isinstance(item, Given)
+            self._changed.notify_all()
+
+    def pause(self) -> None:
+        """No thread serves it until one begins again; it is released if it was cancelled meanwhile."""
+        with self._changed:
+            self._wake = None
+            self._begun = False
+            self._released = self._cancelled
             self._changed.notify_all()
 
     def release(self) -> None:

@@ -43,6 +43,10 @@ class Job:
             "resize": self.resize.model_dump(mode="json"),
         }
 
+    def ack(self) -> Message:
+        """One of its windows was taken."""
+        return {"type": "ack", "job": self.number}
+
     @classmethod
     def from_message(cls, message: Message) -> Job:
         fields = {name: message[name] for name in cls.__slots__}

@@ -136,12 +136,13 @@ class FireCluster:
         assert self._cluster.address is not None
         self.address = self._cluster.address
 
-    def add_node(self) -> FireNode:
+    def add_node(self, *, num_cpus: int = 1, resources: dict[str, float] | None = None) -> FireNode:
         """Start a node and wait until the cluster knows it. Call it from the main thread."""
         self._count += 1
         folder = self._new_folder(f"node-{self._count}")
         node = self._cluster.add_node(
-            num_cpus=1,
+            num_cpus=num_cpus,
+            resources=resources or {},
             node_ip_address=f"127.0.0.{10 + self._count % 200}",
             object_store_memory=STORE_BYTES,
             env_vars={"TMPDIR": str(folder)},

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,8 @@ from jobs.bench_report import has_fast_bf16
 from jobs.rival_readers import READERS
 from pipeline.decode.frames import open_frames
 from tests.pipeline.reader.made_datasets import write_dataset
+
+PROJECT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +49,16 @@ def test_decode() -> None:
     output = output_of(bench_decode, "--rounds", "1", "--seconds", "0.01", "--clip", "carphone_pristine.mp4")
     rows = [line for line in output.splitlines() if line.startswith("| carphone_pristine.mp4")]
     assert ["decord" in row for row in rows] == [True, False]
+
+
+@pytest.mark.slow
+def test_remote_decode(ray_environment: dict[str, str]) -> None:
+    """As a process of its own: it starts a Ray of its own."""
+    command = [sys.executable, "jobs/bench_remote_decode.py", "--rounds", "1", "--seconds", "0.01"]
+    command += ["--children", "1", "--clip", "carphone_pristine.mp4"]
+    done = subprocess.run(command, cwd=PROJECT, env=os.environ | ray_environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "| carphone_pristine.mp4 |" in done.stdout
 
 
 def test_encode() -> None:

@@ -78,6 +78,8 @@ def test_one_actor_per_gpu(nodes: list[dict[str, float]], actors: int, children:
         ({"gpus_per_actor": 0.2}, {"num_actors": 40, "num_gpus": 0.2, "decode_children": 2}),
         ({"gpus_per_actor": 0}, {"num_actors": 16, "num_gpus": 0.0, "encode_threads": 6}),
         ({"max_attempts": 7}, {"max_attempts": 7}),
+        ({"remote_decoders": 8}, {"remote_decoders": 8, "decode_children": 15, "num_cpus": 16.0}),
+        ({"decode_children": 0, "remote_decoders": 8}, {"decode_children": 0, "num_cpus": 1.0}),
         ({"num_actors": 2, "gpus_per_actor": 0, "decode_children": 4}, {"num_actors": 2, "encode_threads": 60}),
     ],
 )

@@ -157,6 +157,13 @@ WRONG: list[tuple[str, Any, str]] = [
     ("vae.spec", "cvvae-sd21-tyni", "vae.spec: expected one of .*got 'cvvae-sd21-tyni'"),
     ("vae.seed", -1, "vae.seed: .*greater than or equal to 0, got -1"),
     ("cluster.gpus_per_actor", -0.5, "cluster.gpus_per_actor: .*got -0.5"),
+    ("cluster.decode_children", 0, "cluster.decode_children: 0 needs cluster.remote_decoders, got 0"),
+    (
+        "cluster.remote_decode_resource",
+        "CPU",
+        "cluster.remote_decode_resource: .* got Ray's own 'CPU'",
+    ),
+    ("cluster.remote_decode_resource", "a b", "cluster.remote_decode_resource: .*got 'a b'"),
     ("decode.backends", ["pyav", "ffmpeg"], "decode.backends.1: Input should be 'pyav' or 'decord', got 'ffmpeg'"),
 ]
 

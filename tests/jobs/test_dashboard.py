@@ -66,6 +66,8 @@ def grown(seconds: float) -> dict[str, float]:
         "clips_waiting": 3,
         "windows_waiting": 2,
         "decode_children": 4,
+        "remote_decoders": 3,
+        "remote_clips": 2 * seconds,
         "gpu_bytes.allocated": 5e9,
         "frames": 200 * seconds,  # no metric: passed over
     }

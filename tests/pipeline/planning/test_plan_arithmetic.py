@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from jobs.plan_encode import decode_advice
 from pipeline.planning.census import Census, spread
 from pipeline.planning.estimate import EncodePlan, EncoderShape, make_plan, makespan
 from pipeline.planning.sample import BatchTime, GroupMeasure, SampleMeasure
@@ -98,6 +99,16 @@ def test_batches_beside_decoding_are_slower() -> None:
     """Six tiles are three batches of 0.5 s alone; they took 3 s while clips were decoded."""
     planned = plan_of(sample(*[group(6, encode=3.0)] * 5), num_shards=10, per_shard=100)
     assert planned.encode_seconds.value == pytest.approx(2 * 376.25)
+
+
+def test_a_gpu_that_would_wait_for_its_decoders_is_told_what_helps() -> None:
+    slow = plan_of(sample(*[group(6, decode=40.0)] * 5), num_shards=10, per_shard=100)
+    (line,) = decode_advice(slow.model_copy(update={"device": "NVIDIA H200"}))
+    assert line.startswith("An encoder needs 26.6 decode cores and has 4: it will wait for decoding.")
+    assert "--set cluster.remote_decoders=23 " in line
+    assert decode_advice(slow) == [], "without a GPU, other nodes' cores encode as well as these"
+    fast = plan_of(sample(*[group(6)] * 5), num_shards=10, per_shard=100)
+    assert decode_advice(fast.model_copy(update={"device": "NVIDIA H200"})) == []
 
 
 def test_two_groups_are_too_few_for_an_interval() -> None:
