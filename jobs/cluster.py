@@ -18,7 +18,7 @@ from ray.exceptions import RayError
 
 from jobs.config import ClusterConfig
 from pipeline.dataflow import ActorShape, require_room
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, PipelineError
 from pipeline.policies import EncodePolicy
 
 LOOPBACK = "127.0.0.2"
@@ -53,7 +53,13 @@ def connected(config: ClusterConfig) -> Iterator[None]:
 def _start_local() -> None:
     options: dict[str, Any] = {"_node_ip_address": LOOPBACK} if sys.platform == "linux" else {}
     # "local": a Ray that somebody started on this machine is not to be joined by accident
-    ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR, **options)
+    try:
+        ray.init(address="local", include_dashboard=False, logging_level=logging.ERROR, **options)
+    except Exception as error:  # Ray has no narrower one for processes of its own that do not come up
+        raise PipelineError(
+            f"Ray does not start on this machine: {error} Start the same command again once the machine has less to "
+            "do, or name a Ray that runs in cluster.address."
+        ) from error
 
 
 def _connect(address: str) -> None:

@@ -27,9 +27,11 @@ from pipeline.storage import Store
 from pipeline.upkeep import (
     KeptShards,
     changed_numerics,
+    lost_windows,
     readable_receipts,
     require_finished,
     require_repeatable,
+    retried_settings,
     shards_with_rejections,
     take_back,
     unnamed_objects,
@@ -73,12 +75,15 @@ def gc(
 
 
 def recorded_config(output: str, overrides: Sequence[str] = ()) -> EncodeConfig:
-    """The config in run.json, to encode into `output` wherever that lies now. ConfigError if it holds none."""
-    recorded = DatasetFolder(Store(output)).run_file().config
+    """The config in run.json, to encode into `output` wherever that lies now, with what earlier retries set of
+    decode.*. ConfigError if it holds none."""
+    dataset = DatasetFolder(Store(output))
+    recorded = dataset.run_file().config
     if not recorded:
         raise ConfigError(f"{output}: run.json holds no config, so its shards cannot be encoded again from it")
     raw: dict[str, Any] = {**recorded, "output": {**recorded["output"], "url": output}}
-    return validate_config(EncodeConfig, raw, f"config in {output}/run.json", overrides)
+    settings = [*retried_settings(dataset), *overrides]
+    return validate_config(EncodeConfig, raw, f"config in {output}/run.json", settings)
 
 
 def run_repair(output: str, overrides: Sequence[str] = (), *, encode: Encode = run_encode) -> VerifyReport:
@@ -97,16 +102,19 @@ def run_repair(output: str, overrides: Sequence[str] = (), *, encode: Encode = r
     before = readable_receipts(dataset, again)
     take_back(dataset, again)
     encode(config)
-    numerics = changed_numerics(before, readable_receipts(dataset, before))
+    now = readable_receipts(dataset, before)
+    numerics, lost = changed_numerics(before, now), lost_windows(before, now)
     record = {
         "verb": "repair",
         "shards": sorted(again),
         "problems": found.problems,
+        "windows_lost": lost,
         "numerics_changed": numerics,
     }
     name = write_record(dataset, record)
     after = verify_dataset(dataset.store)
     _warn_of_numerics(console, numerics)
+    _print_list(console, "[red]fewer windows than before; the receipts say what was rejected:[/]", lost)
     _print_list(console, "left:", after.problems)
     console.print(f"encoded again: {', '.join(sorted(again)) or 'no shard'}; recorded in {output}/{name}")
     return after

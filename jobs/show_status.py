@@ -71,6 +71,7 @@ def as_record(look: DatasetStatus) -> dict[str, Any]:
         "counts": look.counts.model_dump(),
         "rejections": look.rejections,
         "payload_bytes": look.payload_bytes,
+        "windows_not_proven": look.windows_not_proven,
         "rate": None if rate is None else asdict(rate),
         "eta_seconds": look.eta_seconds,
         "last_receipt_seconds": look.last_receipt_seconds,
@@ -90,6 +91,8 @@ def status_table(look: DatasetStatus) -> Table:
     table.add_row("windows stored", f"{counts.windows_stored}, {look.payload_bytes:,} bytes")
     for name, number in look.rejections.items():
         table.add_row(f"rejected {name}", f"{number}{_share(number, counts.samples)}")
+    if look.windows_not_proven:
+        table.add_row("tile proof", f"[yellow]not proven: out of memory: {look.windows_not_proven} windows[/]")
     if look.rate is not None:
         rate = look.rate
         per_minute, frames = 60 * rate.shards / rate.seconds, rate.frames / rate.seconds

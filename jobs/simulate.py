@@ -41,6 +41,7 @@ from pipeline.dataflow import ActorShape, run_shards
 from pipeline.dataset import DatasetFolder, index_name, receipt_name, shard_name
 from pipeline.documents import StoredObject
 from pipeline.run import RunLog, RunPlan, commit_all, finish_run, plan_run
+from pipeline.status import StatusReader
 from pipeline.storage import Store
 
 WRITERS = 32
@@ -103,7 +104,7 @@ def resume(
     endpoint: Endpoint = None,
     figures_path: FiguresPath = None,
 ) -> None:
-    """Planning over a source and a dataset with many committed shards, and the manifest of them."""
+    """Planning over a source and a dataset with many committed shards, its status, and the manifest of them."""
     with report_errors(), _place(output) as place:
         config = simulated_config(place, endpoint)
         make_source(config, receipts)
@@ -210,12 +211,22 @@ def measure_resume(config: EncodeConfig, load: ShardLoad) -> Figures:
     figures.values["plan, memory, MiB"] = _peak_mib() - before
     with figures.timed("plan, receipts in packs where the store has them"):
         assert not plan_run(config, config.model_dump(mode="json")).todo
+    _measure_status(again, figures)
     before = _peak_mib()
     with figures.timed("manifest"):
         manifest = finish_run(again, RunLog())
     figures.values["manifest, memory, MiB"] = _peak_mib() - before
     figures.values["manifest, bytes per shard"] = len(manifest.to_bytes()) / len(plan.shards)
     return figures
+
+
+def _measure_status(plan: RunPlan, figures: Figures) -> None:
+    """`latents status --watch` of a run under way: the first look reads every receipt, the next one lists them."""
+    reader = StatusReader(plan.dataset.store)
+    for look in ("status, first look", "status, next look"):
+        with figures.timed(look):
+            seen = reader.read()
+        assert (seen.done, seen.finished) == (len(plan.shards), False)
 
 
 def _write_all(store: Store, objects: Iterator[tuple[str, bytes]]) -> None:

@@ -76,6 +76,9 @@ class ReceiptSummary(BaseModel):
     class _Class(BaseModel):
         error_class: str
 
+    class _Proof(BaseModel):
+        windows_out_of_memory: int = 0
+
     model_config = ConfigDict(frozen=True)
 
     format_version: Literal[1] = FORMAT_VERSION
@@ -83,6 +86,7 @@ class ReceiptSummary(BaseModel):
     counts: Counts
     rejections: tuple[_Class, ...]
     payload: StoredObject
+    tile_proof: _Proof | None = None
 
 
 class DatasetFolder:

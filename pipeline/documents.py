@@ -172,13 +172,15 @@ class TileProof(Document):
     dtype: the worst window counts. pipeline/tile_proof.py says what the references are."""
 
     windows: int
-    alone_largest: float
-    """Absolute difference from the window encoded by itself."""
-    alone_relative_rms: float
+    alone_largest: float | None
+    """Absolute difference from the window encoded by itself; None if that fitted for no window."""
+    alone_relative_rms: float | None
     windows_of_many_tiles: int
     """Of `windows`, those that were compared with one pass without tiles in time, too."""
     untiled_largest: float | None
     untiled_relative_rms: float | None
+    windows_out_of_memory: int = 0
+    """Chosen windows that are not proven, or only by themselves: a reference did not fit in the device's memory."""
 
 
 class ShardReceipt(Document):
@@ -247,3 +249,11 @@ class Manifest(Document):
     """Per channel, over all stored raw means."""
     latent_std: tuple[float, ...]
     payload_bytes: int
+    windows_not_proven: int = 0
+    """Of the windows that encode.proof_share chose: those with a reference that ran out of memory."""
+
+    def to_bytes(self) -> bytes:
+        """Where nothing is to be said of a proof, nothing is said."""
+        return canonical_json(
+            self.model_dump(mode="json", exclude=None if self.windows_not_proven else {"windows_not_proven"})
+        )

@@ -14,7 +14,7 @@ import contextlib
 import importlib.metadata
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 Token = TypeVar("Token")
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(slots=True)
@@ -170,25 +171,29 @@ class TileEncoder:
         clock.add("encode", ended - started)
         return moments
 
-    def encode_alone(self, frames_THWC: np.ndarray) -> Tensor:
-        """Mean (C, t, h, w), float32 on the CPU, of one window by itself through the model's own `encode`."""
-        return self._thread.submit(self._alone, frames_THWC).result()
+    def encode_alone(self, frames_THWC: np.ndarray) -> Tensor | None:
+        """Mean (C, t, h, w), float32 on the CPU, of one window by itself through the model's own `encode`; None if it
+        does not fit in the device's memory."""
+        return self._thread.submit(self._whole_window, self._vae.encode, frames_THWC).result()
 
     def encode_untiled(self, frames_THWC: np.ndarray) -> Tensor | None:
-        """The same in one pass without tiles in time; None where there is but one tile, or tiles share no frame and
-        one pass is another model's answer."""
-        tiles = self.tiles(len(frames_THWC))
-        if len(tiles) == 1 or not all(tile.drop for tile in tiles[1:]):
-            return None
-        return self._thread.submit(self._untiled, frames_THWC).result()
+        """The same in one pass without tiles in time. ValueError unless `can_be_untiled`."""
+        if not self.can_be_untiled(len(frames_THWC)):
+            raise ValueError(f"expected a window of tiles that share frames, got one of {len(frames_THWC)} frames")
+        return self._thread.submit(self._whole_window, self._vae.encode_untiled, frames_THWC).result()
 
-    @torch.inference_mode()
-    def _alone(self, frames_THWC: np.ndarray) -> Tensor:
-        return self._vae.encode(self._video(frames_THWC[None])).mean[0].to("cpu", torch.float32)
+    def can_be_untiled(self, num_frames: int) -> bool:
+        """Whether one pass over a window can be held against its tiles: there are several, and they share frames, or
+        one pass would be another model's answer."""
+        tiles = self.tiles(num_frames)
+        return len(tiles) > 1 and all(tile.drop for tile in tiles[1:])
 
-    @torch.inference_mode()
-    def _untiled(self, frames_THWC: np.ndarray) -> Tensor:
-        return self._vae.encode_untiled(self._video(frames_THWC[None])).mean[0].to("cpu", torch.float32)
+    def _whole_window(self, encode: Callable[[Tensor], DiagonalGaussian], frames_THWC: np.ndarray) -> Tensor | None:
+        @torch.inference_mode()
+        def mean() -> Tensor:
+            return encode(self._video(frames_THWC[None])).mean[0].to("cpu", torch.float32)
+
+        return self._if_it_fits(mean, [1, *frames_THWC.shape])
 
     def _video(self, frames_BTHWC: np.ndarray) -> Tensor:
         """video_BCTHW in [-1, 1] on the device, in the compute dtype and memory format."""
@@ -199,12 +204,15 @@ class TileEncoder:
         return video_BCTHW.to(dtype=TORCH_DTYPES[self.policy.dtype], memory_format=self._memory_format)
 
     def _encode(self, frames_BTHWC: np.ndarray, num_frames: int) -> tuple[Tensor, float, float] | None:
-        """None if the device ran out of memory. Not an exception: its traceback would hold on to the tensors."""
         with self.activity.during(ENCODE):
-            try:
-                return self._encode_batch(frames_BTHWC, num_frames)
-            except torch.OutOfMemoryError as error:
-                log.warning("device out of memory: batch=%s: %s", list(frames_BTHWC.shape), str(error).split(". ")[0])
+            return self._if_it_fits(lambda: self._encode_batch(frames_BTHWC, num_frames), list(frames_BTHWC.shape))
+
+    def _if_it_fits(self, work: Callable[[], Result], shape_BTHWC: list[int]) -> Result | None:
+        """None if the device ran out of memory. Not an exception: its traceback would hold on to the tensors."""
+        try:
+            return work()
+        except torch.OutOfMemoryError as error:
+            log.warning("device out of memory: batch=%s: %s", shape_BTHWC, str(error).split(". ")[0])
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return None

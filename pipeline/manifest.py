@@ -25,6 +25,7 @@ def build_manifest(run: RunFile, receipts: Iterable[ShardReceipt], set_aside: Se
     rejections: Counter[str] = Counter()
     decoders: Counter[str] = Counter()
     shards: list[ManifestShard] = []
+    not_proven = 0
     for receipt in receipts:
         receipt.counts.check(f"receipt of shard {receipt.shard_id}")
         counts = counts.plus(receipt.counts)
@@ -32,6 +33,7 @@ def build_manifest(run: RunFile, receipts: Iterable[ShardReceipt], set_aside: Se
         buckets.update(receipt.buckets)
         rejections.update(receipt.rejected_by_class())
         decoders.update(receipt.decoders)
+        not_proven += receipt.tile_proof.windows_out_of_memory if receipt.tile_proof else 0
         shards.append(
             ManifestShard(
                 id=receipt.shard_id,
@@ -54,4 +56,5 @@ def build_manifest(run: RunFile, receipts: Iterable[ShardReceipt], set_aside: Se
         latent_mean=statistics.mean,
         latent_std=statistics.std,
         payload_bytes=sum(shard.size for shard in shards),
+        windows_not_proven=not_proven,
     )

@@ -73,6 +73,8 @@ class DatasetStatus:
     counts: Counts
     rejections: dict[str, int]
     payload_bytes: int
+    windows_not_proven: int
+    """Of those that encode.proof_share chose: a reference ran out of memory."""
     rate: Rate | None
     """None while fewer than two receipts of this run stand."""
     last_receipt_seconds: float | None
@@ -108,6 +110,7 @@ class _Tally:
     counts: Counts = field(default_factory=Counts)
     rejections: Counter[str] = field(default_factory=Counter)
     payload_bytes: int = 0
+    windows_not_proven: int = 0
     frames: dict[str, int] = field(default_factory=dict)
     """Frames stored, by shard."""
 
@@ -143,6 +146,7 @@ class StatusReader:
             counts=totals.counts,
             rejections=dict(totals.rejections.most_common()),
             payload_bytes=totals.payload_bytes,
+            windows_not_proven=totals.windows_not_proven,
             rate=_rate(times, totals.frames, run, now),
             last_receipt_seconds=max(0.0, now - max(times.values())) if times else None,
             run=run,
@@ -175,7 +179,8 @@ class StatusReader:
     def _totals(self, receipts: Mapping[str, StampedObject], manifest: Manifest | None) -> _Tally:
         """The manifest's, else those of the receipts, of which only new ones are read."""
         if manifest is not None:
-            return _Tally(manifest.counts, Counter(manifest.rejections), manifest.payload_bytes)
+            rejections = Counter(manifest.rejections)
+            return _Tally(manifest.counts, rejections, manifest.payload_bytes, manifest.windows_not_proven)
         if self._tally.frames.keys() - receipts.keys():  # somebody took receipts away, to encode shards anew
             self._tally = _Tally()
         tally = self._tally
@@ -184,6 +189,7 @@ class StatusReader:
             tally.counts = tally.counts.plus(receipt.counts)
             tally.rejections.update(rejection.error_class for rejection in receipt.rejections)
             tally.payload_bytes += receipt.payload.size
+            tally.windows_not_proven += receipt.tile_proof.windows_out_of_memory if receipt.tile_proof else 0
             tally.frames[receipt.shard_id] = receipt.counts.frames_stored
         return tally
 

@@ -8,6 +8,7 @@ still knows what to do: it encodes what has no receipt.
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 import uuid
@@ -176,6 +177,16 @@ def _note(pair: tuple[Latent | None, Latent | None], changes: RowChanges) -> Non
             changes.numbers.add(now.row.key, before.mean_CTHW, now.mean_CTHW)
 
 
+def lost_windows(before: Mapping[str, ShardReceipt], after: Mapping[str, ShardReceipt]) -> list[str]:
+    """A line for each shard that stores fewer windows than it did; receipts by shard id."""
+    lines: list[str] = []
+    for shard_id in sorted(before.keys() & after.keys()):
+        then, now = (receipts[shard_id].counts.windows_stored for receipts in (before, after))
+        if now < then:
+            lines.append(f"shard {shard_id}: {then} windows then, {now} now")
+    return lines
+
+
 def changed_numerics(before: Mapping[str, ShardReceipt], after: Mapping[str, ShardReceipt]) -> list[str]:
     """What decides last bits and was another when the shards were first encoded: where it differs, so may bytes."""
     lines = {
@@ -184,6 +195,21 @@ def changed_numerics(before: Mapping[str, ShardReceipt], after: Mapping[str, Sha
         for line in leaf_differences("", before[shard_id].numerics, after[shard_id].numerics, names=("then", "now"))
     }
     return sorted(lines)
+
+
+def retried_settings(dataset: DatasetFolder) -> list[str]:
+    """What retries have set of decode.*, as overrides in the order of time. Shards that are encoded again need it, or
+    they would lose the clips that the retries gained. DatasetError for a record that is none."""
+    found: list[str] = []
+    for name in sorted(dataset.store.names(RECORDS, ".json")):
+        try:
+            record = json.loads(dataset.store.read_bytes(f"{RECORDS}/{name}"))
+            overrides = record["overrides"] if record["verb"] == "retry" else []
+            found += [one for one in overrides if one.startswith("decode.")]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            where = dataset.store.full_url(f"{RECORDS}/{name}")
+            raise DatasetError(f"{where}: not the record of a repair or a retry: {error!r}") from error
+    return found
 
 
 def write_record(dataset: DatasetFolder, record: dict[str, Any]) -> str:

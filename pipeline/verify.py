@@ -138,8 +138,8 @@ def _missing_and_stray(store: Store, run: RunFile, ids: Sequence[str], manifest:
         for name in store.names(folder, ""):
             if name not in known:
                 yield (
-                    f"{folder}/{name} has no receipt: left by an attempt that did not end. Encode again "
-                    "if its shard is in the source, else delete it"
+                    f"{folder}/{name} has no receipt: left by an attempt that did not end. Start the encode job "
+                    "again if its shard is in the source, else `latents gc --delete` removes it"
                 )
 
 

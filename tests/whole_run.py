@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from cvvae import VideoVAE
 from pipeline.checkpoints import VAESource, load_source
 from pipeline.decode.pool import DecodePool
 from pipeline.documents import Manifest
@@ -44,16 +45,18 @@ def settings_for(
 
 
 @contextmanager
-def one_encoder(scratch: Path, policy: EncodePolicy | None = None) -> Iterator[Run]:
+def one_encoder(scratch: Path, policy: EncodePolicy | None = None, *, vae: VideoVAE | None = None) -> Iterator[Run]:
     """run(settings, limit=None) -> Manifest, any number of times with the same decode children.
 
-    `limit` stops after so many shards, as a kill would: finish_run then says what is missing.
+    `limit` stops after so many shards, as a kill would: finish_run then says what is missing. `vae` encodes in the
+    place of the one that the settings name.
     """
     with DecodePool(DecodePolicy(), 1) as pool:
 
         def run(settings: EncodeSettings, limit: int | None = None) -> Manifest:
             plan, log = plan_run(settings, settings.model_dump(mode="json")), RunLog()
-            tiles = TileEncoder(load_source(settings.vae), policy or settings.encode, torch.device("cpu"), threads=1)
+            model = vae or load_source(settings.vae)
+            tiles = TileEncoder(model, policy or settings.encode, torch.device("cpu"), threads=1)
             encoder = ShardEncoder(plan.job(), tiles, pool, Scratch(scratch))
             stored = (encoder.run(shard) for shard in plan.todo[:limit])
             list(commit_all(plan, stored, log, set_aside_poison=False))

@@ -205,18 +205,31 @@ def _seams(facts: DatasetFacts, buckets: Sequence[BucketLooks]) -> Iterator[str]
 
 
 def _proof_table(facts: DatasetFacts) -> str:
-    proofs = sorted(facts.receipts.proofs, key=lambda one: -one[1].alone_relative_rms)
+    proofs = sorted(facts.receipts.proofs, key=lambda one: -(one[1].alone_relative_rms or 0.0))
     rows = [
         (
             escape(shard_id),
             str(proof.windows),
-            f"{proof.alone_relative_rms:.2g}",
-            "" if proof.untiled_relative_rms is None else f"{proof.untiled_relative_rms:.2g}",
+            _deviation(proof.alone_relative_rms),
+            _deviation(proof.untiled_relative_rms),
+            str(proof.windows_out_of_memory or ""),
         )
         for shard_id, proof in proofs[:20]
     ]
-    head = ("shard (the 20 furthest)", "windows", "from the window by itself", "from one pass without tiles")
-    return table(head, rows) + "<p>RMS of the difference over RMS of the latent; the worst window of each shard.</p>"
+    head = (
+        *("shard (the 20 furthest)", "windows", "from the window by itself", "from one pass without tiles"),
+        "not proven: out of memory",
+    )
+    not_proven = facts.manifest.windows_not_proven
+    return (
+        table(head, rows)
+        + "<p>RMS of the difference over RMS of the latent; the worst window of each shard.</p>"
+        + (f"<p>Not proven, out of memory: {not_proven:,} windows over all shards.</p>" if not_proven else "")
+    )
+
+
+def _deviation(relative_rms: float | None) -> str:
+    return "" if relative_rms is None else f"{relative_rms:.2g}"
 
 
 def _rejections(facts: DatasetFacts) -> Iterator[str]:

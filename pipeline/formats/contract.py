@@ -49,6 +49,11 @@ class ShardFormat(Protocol):
         """Of the shard's file name, with the dot."""
         ...
 
+    @property
+    def padded_to(self) -> int:
+        """A file's bytes are a multiple of this; what is missing is zeros at its end."""
+        ...
+
     def write(self, path: Path, latents: Iterable[Latent], header: ShardHeader) -> list[PayloadPlace]:
         """Write a shard whose bytes are a function of latents and header; places in the latents' order.
 

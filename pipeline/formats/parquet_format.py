@@ -51,6 +51,7 @@ class ParquetFormat:
 
     name: str = "parquet"
     suffix: str = ".parquet"
+    padded_to: int = 1
 
     def write(self, path: Path, latents: Iterable[Latent], header: ShardHeader) -> list[PayloadPlace]:
         places: list[PayloadPlace] = []

@@ -40,6 +40,7 @@ class WebDatasetFormat:
 
     name: str = "webdataset"
     suffix: str = ".tar"
+    padded_to: int = tarfile.RECORDSIZE
 
     def write(self, path: Path, latents: Iterable[Latent], header: ShardHeader) -> list[PayloadPlace]:
         places: list[PayloadPlace] = []

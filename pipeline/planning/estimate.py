@@ -255,10 +255,14 @@ class _Draws:
         return self.of(lambda one: one.total(name))
 
     def stored(self, name: str) -> Estimate:
-        """Bytes of windows, and of what every shard has besides: a header and an end."""
-        windows = self.total(name)
-        empty = self.best_sum("empty bytes") / len(self._sample.groups) * len(self._census.samples)
-        return Estimate(low=windows.low + empty, value=windows.value + empty, high=windows.high + empty)
+        """Bytes of windows, and of what every shard has besides: a header and an end, and padding by chance."""
+        windows, groups, shards = self.total(name), len(self._sample.groups), len(self._census.samples)
+        empty, padding = (self.best_sum(what) / groups * shards for what in ("empty bytes", "padding bytes"))
+        return Estimate(
+            low=windows.low + empty,
+            value=windows.value + empty + padding / 2,
+            high=windows.high + empty + padding,
+        )
 
     def prefixed(self, prefix: str) -> dict[str, Estimate]:
         return {name.removeprefix(prefix): self.total(name) for name in self.names if name.startswith(prefix)}

@@ -9,6 +9,7 @@ varies: clips of one shard are alike.
 from __future__ import annotations
 
 import itertools
+import tarfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -190,19 +191,24 @@ class _Bench:
 
     def _sizes(self, job: ShardJob, stored: ShardStored, folder: Path) -> dict[str, float]:
         """Payload bytes of the group's latents in every storage dtype, with and without the log variance, as the
-        format writes them."""
+        format writes them. Without padding: a group is padded to 10 KiB of a tar as a whole shard is."""
         shard_format, receipt = FORMATS[job.format], stored.receipt
         with (folder / receipt.payload.path).open("rb") as file:
             header = shard_format.read_header(file)
             latents = list(shard_format.read(file))
         shard_format.write(folder / "empty", iter(()), header)
-        empty = (folder / "empty").stat().st_size  # a whole shard has one header and one end, a sample one per group
+        empty = _unpadded(folder / "empty")  # a whole shard has one header and one end, a sample one per group
+        own = {
+            "payload bytes": float(_unpadded(folder / receipt.payload.path) - empty),
+            "empty bytes": float(empty),
+            "padding bytes": float(shard_format.padded_to - 1),
+        }
         sizes = {}
         for dtype, logvar in itertools.product(STORAGE, (False, True)):
             path = folder / "size"
             shard_format.write(path, (_stored_as(latent, dtype, logvar) for latent in latents), header)
-            sizes[size_name(dtype, logvar)] = float(path.stat().st_size - empty)
-        return sizes | {"payload bytes": float(receipt.payload.size - empty), "empty bytes": float(empty)}
+            sizes[size_name(dtype, logvar)] = float(_unpadded(path) - empty)
+        return sizes | own
 
 
 def size_name(dtype: DTypeName, logvar: bool) -> str:
@@ -214,6 +220,11 @@ def _stored_as(latent: Latent, dtype: DTypeName, logvar: bool) -> Latent:
     mean = latent.mean_CTHW.to(TORCH_DTYPES[dtype])
     row = replace(latent.row, latent_dtype=dtype, has_logvar=logvar)
     return Latent(row=row, mean_CTHW=mean, logvar_CTHW=mean if logvar else None)
+
+
+def _unpadded(path: Path) -> int:
+    """Bytes of a file up to the zeros at its end, in whole blocks: a tar's last member is filled up, too."""
+    return -(-len(path.read_bytes().rstrip(b"\0")) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
 def _given(samples: list[Clip | Rejection]) -> Callable[..., Iterator[Clip | Rejection]]:

@@ -139,6 +139,25 @@ def test_retry_of_what_fails_again_changes_nothing(dataset: Path, finished: Path
         run_retry(str(dataset), ["tiemout"], encode=run)
 
 
+def test_what_a_retry_gained_is_not_lost_to_a_repair(dataset: Path, run: Run) -> None:
+    run_retry(str(dataset), ["too_large"], ["decode.max_clip_bytes=100000000"], encode=run)
+    whole = everything(dataset)
+    harm(dataset)
+    assert run_repair(str(dataset), encode=run).good
+    assert everything(dataset) == whole
+
+
+def test_a_repair_says_which_shards_have_fewer_windows(
+    dataset: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    harm(dataset)
+    run_repair(str(dataset), ["decode.max_clip_bytes=1000"], encode=run)
+    said = capsys.readouterr().out
+    (record,) = (json.loads(path.read_bytes()) for path in (dataset / "upkeep").iterdir())
+    assert record["windows_lost"]
+    assert all(line.endswith("0 now") and line in said for line in record["windows_lost"])
+
+
 def test_gc_lists_and_removes_what_no_receipt_names(dataset: Path, finished: Path) -> None:
     strays = ["shards/00009.tar", "index/00009.parquet", "shards/00000.parquet", ".staging/half"]
     for name in strays:

@@ -19,7 +19,9 @@ def shards(number: int) -> list[VideoShard]:
     return [VideoShard(id=f"{n:05d}", kind="webdataset", url=f"s3://b/{n:05d}.tar", size=1000) for n in range(number)]
 
 
-def group(windows: int, *, samples: int = 4, decode: float = 0.4, encode: float = 0.0) -> GroupMeasure:
+def group(
+    windows: int, *, samples: int = 4, decode: float = 0.4, encode: float = 0.0, padding: int = 0
+) -> GroupMeasure:
     totals = {
         "samples": samples,
         "clips": samples - 1,
@@ -30,6 +32,7 @@ def group(windows: int, *, samples: int = 4, decode: float = 0.4, encode: float 
         "payload bytes": 100 * windows,
         "float16 mean": 100 * windows,
         "empty bytes": 7,
+        "padding bytes": padding,
         "decode seconds": decode,
         "bucket 00017x00032x00032": windows,
         "rejected timeout": 1,
@@ -50,6 +53,12 @@ def sample(*groups: GroupMeasure, batch_size: int = 2, seconds: float = 0.5) -> 
 def plan_of(measure: SampleMeasure, num_shards: int, per_shard: int, shape: EncoderShape = GPU) -> EncodePlan:
     census = Census(np.full(num_shards, float(per_shard)), num_shards, 0.0)
     return make_plan(shards(num_shards), census, measure, shape, encoders=(1, 4), price_per_hour=2.0)
+
+
+def test_a_shard_may_be_padded_or_not() -> None:
+    planned = plan_of(sample(*[group(6, padding=50)] * 5), num_shards=10, per_shard=100)
+    stored = planned.totals["payload bytes"]
+    assert (stored.low, stored.value, stored.high) == (150_070, 150_320, 150_570)
 
 
 def test_equal_groups_leave_no_doubt() -> None:
