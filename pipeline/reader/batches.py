@@ -11,6 +11,7 @@ from functools import partial
 from threading import Lock
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -216,10 +217,12 @@ class BatchReader:
             spare = self._replacements(number, share, found)
             rows = [next(spare) if row is None else row for row in found]
             is_padding = [padding or row is None for padding, row in zip(is_padding, found, strict=True)]
-        keys = [piece.columns["id"][row] for piece, row in rows]
+        keys = [piece.keys[row] for piece, row in rows]
         seed = self._plan.settings.seed
-        parts = [(seed, epoch, piece.shard_id, key) for (piece, _), key in zip(rows, keys, strict=True)]
-        captions = [piece.columns["caption"][row] for piece, row in rows]
+        parts: list[tuple[object, ...]] = [()] * len(rows)
+        if self._reading.draws:
+            parts = [(seed, epoch, piece.shard_id, key) for (piece, _), key in zip(rows, keys, strict=True)]
+        captions = [piece.captions[row] for piece, row in rows]
         dropout = self._reading.caption_dropout
         if dropout > 0:
             captions = [
@@ -238,7 +241,7 @@ class BatchReader:
             shard_ids=[piece.shard_id for piece, _ in rows],
             bucket=bucket,
             columns=columns,
-            is_padding_B=torch.tensor(is_padding),
+            is_padding_B=torch.from_numpy(np.array(is_padding)),
             num_unreadable=num_unreadable,
             epoch=epoch,
             number=number,

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from cvvae import VAESpec
 from pipeline.logvar_code import logvar_from_int8
+from pipeline.reader.batch_memory import BatchMemory
 from pipeline.reader.plan import seed_of
 from pipeline.reader.row_bytes import RowBytes
 
 _SERIAL = (1 << 15) - 1
-"""Numbers that torch works on without starting threads: its grain size is 2 ** 15."""
+"""Numbers that torch converts without starting threads: its grain size is 2 ** 15."""
 _GROUP = 1 << 18
 """Numbers of a group of rows."""
 
@@ -83,6 +84,12 @@ class Reading:
         if not self.dtype.is_floating_point:
             raise ValueError(f"dtype: expected a floating point dtype, got {self.dtype}")
 
+    @property
+    def draws(self) -> bool:
+        """Whether anything of a batch is random."""
+        random_start = self.sub_window is not None and self.sub_window.start == "random"
+        return self.sample == "sample" or self.caption_dropout > 0 or random_start
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatentBatch:
@@ -142,8 +149,9 @@ class LatentMaker:
     """Stored numbers to what a trainer takes, computed in float32: sampled first, then shifted and scaled.
 
     For z' = (z - shift) * scale that is a sample of the normalized posterior, whose logvar is logvar + 2 log|scale|.
-    Works through a batch in groups of rows that stay in the processor's cache from one step to the next, and in parts
-    so small that torch stays on the caller's thread: its others belong to the training step.
+    Works through a batch in groups of rows that stay in the processor's cache from one step to the next, and on the
+    caller's thread alone: torch's others belong to the training step. numpy has none; torch, which is quicker at
+    converting, stays on one if it is given little at a time.
     """
 
     def __init__(
@@ -154,10 +162,11 @@ class LatentMaker:
         `factors` are shift and scale, float32 (C or 1, 1, 1, 1).
         """
         self._stored, self._logvar, self._reading = stored, logvar, reading
-        shift, scale = (torch.from_numpy(factor.reshape(-1, 1)) for factor in factors)
+        shift, scale = (factor.reshape(-1, 1) for factor in factors)
         normalized = reading.latents == "normalized"
         self._shift = shift if normalized and bool((shift != 0).any()) else None
         self._scale = scale if normalized and bool((scale != 1).any()) else None
+        self._memory = BatchMemory()
         plain = reading.sample == "mean" and self._shift is None and self._scale is None
         self._as_stored = plain and reading.dtype == stored
 
@@ -168,7 +177,7 @@ class LatentMaker:
         seeds: Sequence[tuple[object, ...]],
     ) -> Tensor:
         """(B, *shape) from mean, log variance and number of each row; `seeds` decide the noise of each."""
-        latents_BN = torch.empty(len(rows), math.prod(shape), dtype=self._reading.dtype)
+        latents_BN = self._memory.empty((len(rows), math.prod(shape)), self._reading.dtype)
         if self._as_stored:
             for out, (mean, _, row) in zip(_row_memory(latents_BN), rows, strict=True):
                 mean.copy(row, out)
@@ -194,41 +203,39 @@ class LatentMaker:
             mean.copy(row, out)
         is_float32 = latents_BN.dtype == torch.float32
         numbers_BN = latents_BN if is_float32 else torch.empty(latents_BN.shape)
-        for part, source in zip(_parts(numbers_BN, shape[0]), _parts(stored_BN, shape[0]), strict=True):
-            part.copy_(source)
+        _convert(numbers_BN, stored_BN)
         if self._reading.sample == "sample":
             logvar_BN = torch.empty(stored_BN.shape, dtype=self._logvar)
             for out, (_, logvar, row) in zip(_row_memory(logvar_BN), rows, strict=True):
                 assert logvar is not None, "asked of the dataset when it was opened"
                 logvar.copy(row, out)
             _add_noise(numbers_BN, logvar_BN, shape, seeds)
-        for part in _parts(numbers_BN, shape[0]):
-            if self._shift is not None:
-                part.sub_(self._shift)
-            if self._scale is not None:
-                part.mul_(self._scale)
+        numbers_BCN = numbers_BN.view(len(rows), shape[0], -1).numpy()
+        if self._shift is not None:
+            numbers_BCN -= self._shift
+        if self._scale is not None:
+            numbers_BCN *= self._scale
         if not is_float32:
-            for part, source in zip(_parts(latents_BN, shape[0]), _parts(numbers_BN, shape[0]), strict=True):
-                part.copy_(source)
+            _convert(latents_BN, numbers_BN)
 
 
 def _add_noise(
     numbers_BN: Tensor, logvar_BN: Tensor, shape: tuple[int, ...], seeds: Sequence[tuple[object, ...]]
 ) -> None:
-    half_BN = torch.empty(logvar_BN.shape)
-    for part, source in zip(_parts(half_BN, shape[0]), _parts(logvar_BN, shape[0]), strict=True):
-        part.copy_(logvar_from_int8(source) if source.dtype == torch.int8 else source).mul_(0.5)
-    for number_N, half_N, seed in zip(numbers_BN.numpy(), half_BN.numpy(), seeds, strict=True):
-        number_N += np.exp(half_N) * noise(shape, *seed).reshape(-1)
+    values_BN = torch.empty(logvar_BN.shape)
+    _convert(values_BN, logvar_BN)
+    for number_N, logvar_N, seed in zip(numbers_BN.numpy(), values_BN.numpy(), seeds, strict=True):
+        number_N += np.exp(logvar_N * np.float32(0.5)) * noise(shape, *seed).reshape(-1)
 
 
 def _row_memory(tensor_BN: Tensor) -> list[memoryview]:
     """The bytes of each row, to write into."""
-    rows = tensor_BN.view(torch.uint8).numpy()
-    return [memoryview(row) for row in rows]  # type: ignore[arg-type] - an array is a buffer
+    memory = memoryview(tensor_BN.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type] - an array is a buffer
+    size = len(memory) // len(tensor_BN)
+    return [memory[start : start + size] for start in range(0, len(memory), size)]
 
 
-def _parts(tensor_BN: Tensor, channels: int) -> list[Tensor]:
-    """All of the rows in views (C, n) so small that torch works on each without starting threads."""
-    split = tensor_BN.view(len(tensor_BN), channels, -1).split(max(1, _SERIAL // channels), dim=2)
-    return [part for parts_BCN in split for part in parts_BCN.unbind()]
+def _convert(into: Tensor, source: Tensor) -> None:
+    """Copy numbers, log variances decoded, in parts so small that torch starts no thread for one."""
+    for part, numbers in zip(into.view(-1).split(_SERIAL), source.view(-1).split(_SERIAL), strict=True):
+        part.copy_(logvar_from_int8(numbers) if numbers.dtype == torch.int8 else numbers)

@@ -12,7 +12,7 @@ import hashlib
 import io
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,13 +30,14 @@ from pipeline.reader.cache import RangeCache
 from pipeline.reader.catalog import Catalog
 from pipeline.reader.plan import Piece
 from pipeline.reader.row_bytes import FetchedBytes, FileBytes, OpenFiles, RowBytes, spans
+from pipeline.reader.texts import TextColumn, Texts
 from pipeline.storage import Store
 
 INDEX_BYTES = 256 << 20
 """Of indexes in memory, per process."""
 LENGTH_BYTES = 4
 """Of a value in a Parquet page, before its bytes."""
-NEEDED_COLUMNS = ("id", "bucket", "caption")
+_TEXTS = ("id", "caption")
 _MEAN, _LOGVAR = ("latent_offset", "latent_length"), ("logvar_offset", "logvar_length")
 
 
@@ -58,13 +59,17 @@ class _ShardRows:
     where: str
     """The shard's URL."""
     table: pa.Table
+    """The columns that were asked for."""
+    keys: TextColumn
+    captions: TextColumn
     mean: _Column
     logvar: _Column | None
 
     @property
     def nbytes(self) -> int:
         columns = [self.mean, *([self.logvar] if self.logvar else [])]
-        return self.table.nbytes + sum(column.offset.nbytes + column.length.nbytes for column in columns)
+        numbers = sum(column.offset.nbytes + column.length.nbytes for column in columns)
+        return self.table.nbytes + self.keys.nbytes + self.captions.nbytes + numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +77,10 @@ class LoadedPiece:
     """A piece that can be read. Rows are counted from its first one."""
 
     shard_id: str
+    keys: Texts
+    captions: Texts
     columns: dict[str, list[Any]]
-    """Fields of the index, as Python has them."""
+    """Fields of the index that were asked for, as Python has them."""
     mean: RowBytes
     logvar: RowBytes | None
 
@@ -91,10 +98,10 @@ class PieceReader:
         cache: RangeCache | None = None,
         checksums: bool = False,
     ) -> None:
-        """`columns` of the index to have beside NEEDED_COLUMNS; `checksums` reads a whole shard before the first
+        """`columns` of the index to have beside keys and captions; `checksums` reads a whole shard before the first
         piece of it, and compares its sha256 with the manifest's."""
         self._catalog, self._store, self._cache = catalog, store, cache
-        self._columns = tuple(dict.fromkeys((*NEEDED_COLUMNS, *columns)))
+        self._columns = tuple(dict.fromkeys(columns))
         self._want_logvar, self._checksums = logvar, checksums
         self._files = OpenFiles(lambda number: store.open_local(self._shard_name(number)))
         self._shards: OrderedDict[int, Future[_ShardRows]] = OrderedDict()
@@ -111,14 +118,15 @@ class PieceReader:
         shard = self._catalog.manifest.shards[piece.shard]
         rows = self._shard_rows(piece.shard)
         where = rows.where
-        # lists, not slices: those would keep the whole index in memory for as long as the piece is there
-        table = rows.table.slice(piece.first, piece.stop - piece.first)
-        columns = {name: table.column(name).to_pylist() for name in table.column_names}
-        if columns["bucket"] != [bucket] * (piece.stop - piece.first):
-            raise DatasetError(f"{where}: rows {piece.first} to {piece.stop} are not of bucket {bucket} in its index")
+        # copies, not slices: those would keep the whole index in memory for as long as the piece is there
+        keys, captions = (column.rows(piece.first, piece.stop) for column in (rows.keys, rows.captions))
+        columns = {}
+        if self._columns:
+            table = rows.table.slice(piece.first, piece.stop - piece.first)
+            columns = {name: table.column(name).to_pylist() for name in self._columns}
         read = self._in_file if self._store.is_local else self._fetched
         mean, *logvar = read(piece, bucket, [rows.mean, *([rows.logvar] if rows.logvar else [])], where)
-        return LoadedPiece(shard.id, columns, mean, logvar[0] if logvar else None)
+        return LoadedPiece(shard.id, keys, captions, columns, mean, logvar[0] if logvar else None)
 
     # --- numbers -------------------------------------------------------------------------------------------------
 
@@ -130,7 +138,7 @@ class PieceReader:
             starts = (column.offset[piece.first : piece.stop] + self._shift(prefix)).tolist()
             for begin, end in spans(starts, nbytes):
                 file.will_need(max(first, begin - len(prefix)), min(stop, end))
-            yield FileBytes(partial(self._files.get, piece.shard), starts, prefix, where)
+            yield FileBytes(file, partial(self._files.get, piece.shard), starts, prefix, where)
 
     def _fetched(self, piece: Piece, bucket: str, columns: Sequence[_Column], where: str) -> Iterator[RowBytes]:
         ranges = [self._span(piece, column, where) for column in columns]
@@ -243,7 +251,7 @@ class PieceReader:
         shard, index = manifest.shards[number], index_name(manifest.shards[number].id)
         if self._checksums:
             self._check_sha256(number)
-        names = list(dict.fromkeys((*self._columns, "vae_latent_dtype", "has_logvar", *_MEAN, *_LOGVAR)))
+        names = list(dict.fromkeys((*self._columns, *_TEXTS, "bucket", *_MEAN, *_LOGVAR)))
         where = self._store.full_url(index)
         info, table = _index_table(self._index_bytes(number), names, where)
         if info.header.fingerprint != manifest.fingerprint and "mixed" not in self._catalog.tolerate:
@@ -257,12 +265,14 @@ class PieceReader:
             sum(shard.rows.values()),
         ):
             raise DatasetError(f"{where}: not the index of the shard {shard.id} that the manifest lists")
+        _require_buckets(table.column("bucket"), shard.rows, where)
         mean = self._places(number, table, "vae_latent_bytes", self._catalog.dtype, *_MEAN)
         logvar = None
         if self._want_logvar:
             logvar = self._places(number, table, "vae_logvar_bytes", self._catalog.logvar_dtype, *_LOGVAR)
         url = self._store.full_url(self._shard_name(number))
-        return _ShardRows(url, table.select(list(self._columns)), mean, logvar)
+        keys, captions = (TextColumn.of(table.column(name), f"{where}: {name}") for name in _TEXTS)
+        return _ShardRows(url, table.select(list(self._columns)), keys, captions, mean, logvar)
 
     def _index_bytes(self, number: int) -> bytes:
         """A whole index: one read of a store, and with a cache none the next time."""
@@ -304,6 +314,15 @@ class PieceReader:
                 f"{self._store.full_url(name)}: expected {shard.size} bytes with sha256 {shard.sha256}, "
                 f"got {found.size} with {found.sha256}"
             )
+
+
+def _require_buckets(column: pa.ChunkedArray, rows: Mapping[str, int], where: str) -> None:
+    """The rows of every bucket lie where a catalog has them, from the manifest's numbers alone."""
+    first = 0
+    for name, count in sorted(rows.items()):
+        if column.slice(first, count).unique().to_pylist() != [name][:count]:
+            raise DatasetError(f"{where}: rows {first} to {first + count} are not of bucket {name}")
+        first += count
 
 
 def _require(tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], where: str) -> None:

@@ -53,10 +53,12 @@ class FileBytes:
 
     __slots__ = ("_file", "_open", "_prefix", "_starts", "_where")
 
-    def __init__(self, open_file: Callable[[], LocalFile], starts: Sequence[int], prefix: bytes, where: str) -> None:
-        self._open, self._starts, self._prefix, self._where = open_file, starts, prefix, where
+    def __init__(
+        self, file: LocalFile, reopen: Callable[[], LocalFile], starts: Sequence[int], prefix: bytes, where: str
+    ) -> None:
+        self._open, self._starts, self._prefix, self._where = reopen, starts, prefix, where
         # weak: there are more pieces than a process may have open files
-        self._file = weakref.ref(open_file())
+        self._file = weakref.ref(file)
 
     def copy(self, row: int, out: memoryview) -> None:
         start, size = self._starts[row], len(self._prefix)

@@ -39,7 +39,10 @@ def test_more_shards_than_files_may_be_open(tmp_path: Path) -> None:
     for number, path in enumerate(paths):
         path.write_bytes(b"head" + number.to_bytes(2, "little"))
     files = OpenFiles(lambda number: LocalFile(str(paths[number])))
-    rows = [FileBytes(lambda n=number: files.get(n), [4], b"head", "here") for number in range(len(paths))]
+    rows = [
+        FileBytes(files.get(number), lambda n=number: files.get(n), [4], b"head", "here")
+        for number in range(len(paths))
+    ]
     for number, row in [*enumerate(rows), *enumerate(rows)]:
         out = bytearray(2)
         row.copy(0, memoryview(out))
@@ -49,7 +52,8 @@ def test_more_shards_than_files_may_be_open(tmp_path: Path) -> None:
 def test_a_row_that_is_elsewhere_or_cut_is_named(tmp_path: Path) -> None:
     path = tmp_path / "shard"
     path.write_bytes(b"head" + bytes(10))
+    file = LocalFile(str(path))
     with pytest.raises(DatasetError, match=r"^here: no latent .* begins at byte 5"):
-        FileBytes(lambda: LocalFile(str(path)), [5], b"head", "here").copy(0, memoryview(bytearray(4)))
+        FileBytes(file, lambda: file, [5], b"head", "here").copy(0, memoryview(bytearray(4)))
     with pytest.raises(DatasetError, match=r"^here: truncated: ends before byte 24"):
-        FileBytes(lambda: LocalFile(str(path)), [4], b"head", "here").copy(0, memoryview(bytearray(20)))
+        FileBytes(file, lambda: file, [4], b"head", "here").copy(0, memoryview(bytearray(20)))
