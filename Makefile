@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest
-# processes that share the tests out by file; each starts its own Ray and S3 server where a test asks for one
+# processes that share the tests out by file, in the order of the folders: xdist's own order, by the number of tests,
+# keeps the few long ones with Ray for the end. Each starts its own Ray and S3 server where a test asks for one.
 TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
@@ -35,7 +36,7 @@ demo: $(READY) ## encode real clips into latents on this machine, verify them, s
 	@echo "Run the same again to see that nothing is left to do; delete a receipt and it encodes that shard anew."
 
 test: $(READY) ## the tests (fast ones and the end-to-end ones)
-	$(PYTEST) -m "not slow" -n $(TEST_WORKERS) --dist loadfile
+	$(PYTEST) -m "not slow" -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY) ## the long sweeps
 	$(PYTEST) -m slow

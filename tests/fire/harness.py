@@ -41,6 +41,15 @@ VICTIMS: tuple[Victim, ...] = get_args(Victim)
 Result = TypeVar("Result")
 
 
+def require_refusal(run: EncodeRun, *words: str) -> None:
+    """It ended with an error, said so in one message of its own, and that has the words."""
+    assert run.finish() == 1, run.log.read_text()
+    text = run.log.read_text()
+    assert "Traceback" not in text, text
+    error = text[text.index("error: ") :]
+    assert all(word in error for word in words), error
+
+
 def wait_for(condition: Callable[[], Result], what: str, seconds: float = DEADLINE_SECONDS) -> Result:
     """The condition's first result that is true. AssertionError after a generous while."""
     deadline = time.monotonic() + seconds

@@ -1,12 +1,10 @@
-"""More than one writer, and outputs that cannot be written: the promised bytes, or one clear line."""
+"""More than one writer, another identity, a changed source: the promised bytes, or one clear line."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -17,21 +15,18 @@ import pytest
 from pipeline.sources import WebDatasetSource
 from pipeline.storage import Store
 from pipeline.verify import verify_dataset
-from tests.fire.harness import PROJECT, EncodeRun, Fire, config_for, dataset_bytes, differences, wait_for
+from tests.fire.harness import (
+    PROJECT,
+    EncodeRun,
+    Fire,
+    config_for,
+    dataset_bytes,
+    differences,
+    require_refusal,
+    wait_for,
+)
 
 pytestmark = pytest.mark.timeout(900)
-
-
-def require_refusal(run: EncodeRun, *words: str) -> None:
-    """It ended with an error, said so in one message of its own, and that has the words."""
-    assert run.finish() == 1, run.log.read_text()
-    text = run.log.read_text()
-    assert "Traceback" not in text, text
-    error = text[text.index("error: ") :]
-    assert all(word in error for word in words), error
-
-
-# More than one writer
 
 
 def test_two_drivers_on_one_output_both_finish(fire: Fire, tmp_path: Path) -> None:
@@ -134,78 +129,3 @@ def test_another_identity_and_a_changed_source_are_refused(fire: Fire, finished:
     with EncodeRun(fire.cluster, config_for(fire.cluster, source, finished, 1), tmp_path / "changed") as run:
         require_refusal(run, "SourceChanged", f"{source}/00001.tar: its size was")
     assert dataset_bytes(finished) == before
-
-
-# Outputs and scratch space that cannot be written
-
-
-class Disk:
-    """A small file system in memory, mounted on a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def remount(self, options: str) -> None:
-        subprocess.run(["mount", "-o", f"remount,{options}", self.folder], check=True, capture_output=True)
-
-
-@pytest.fixture
-def mounted() -> Iterator[Callable[[Path, str], Disk]]:
-    """mount(folder, options): skipped where this user may not mount."""
-    with ExitStack() as leaving:
-
-        def mount(folder: Path, options: str) -> Disk:
-            folder.mkdir(parents=True, exist_ok=True)
-            done = subprocess.run(
-                ["mount", "-t", "tmpfs", "-o", options, "none", folder], capture_output=True, text=True, check=False
-            )
-            if done.returncode:
-                pytest.skip(f"cannot mount a file system here: {done.stderr.strip()}")
-            leaving.callback(subprocess.run, ["umount", "-l", folder], check=False, capture_output=True)
-            return Disk(folder)
-
-        yield mount
-
-
-def size_of(files: dict[str, bytes], prefix: str) -> int:
-    return sum(-(-len(content) // 4096) * 4096 for name, content in files.items() if name.startswith(prefix))
-
-
-def test_an_output_that_cannot_be_written(fire: Fire, tmp_path: Path, mounted: Callable[[Path, str], Disk]) -> None:
-    """Read-only, with room for about half of it, read-only again, with room enough: stopped thrice, then finished."""
-    output = tmp_path / "out"
-    disk = mounted(output, "size=1m,ro")
-    with fire.run(tmp_path) as run:
-        require_refusal(run, "StorageError", f"cannot write {output}/run.json", "Read-only file system")
-    assert dataset_bytes(output) == {}
-    half = size_of(fire.reference, "shards/") // 2 + 3 * 4096
-    disk.remount(f"rw,size={half}")
-    with fire.run(tmp_path) as run:
-        require_refusal(run, f"cannot write {output}/", "No space left on device")  # the actor's or the driver's
-    kept = dataset_bytes(output)
-    assert "manifest.json" not in kept
-    assert all(fire.reference[name] == content for name, content in kept.items()), "what is there is whole"
-    disk.remount("ro")
-    with fire.run(tmp_path) as run:
-        require_refusal(run, f"cannot write {output}/", "Read-only file system")
-    disk.remount("rw,size=64m")
-    with fire.run(tmp_path) as run:
-        assert run.finish() == 0, run.log.read_text()
-    fire.require_equal(tmp_path)
-
-
-@pytest.mark.slow
-def test_a_full_scratch_folder_is_named(fire: Fire, tmp_path: Path, mounted: Callable[[Path, str], Disk]) -> None:
-    """Nothing of the shard is stored; with room again the same command finishes."""
-    disks = [mounted(node.scratch, "size=24k") for node in fire.cluster.nodes]
-    with fire.run(tmp_path) as run:
-        require_refusal(
-            run, "ShardError", f"{fire.cluster.nodes[0].scratch.name}", "No space left on device", "TMPDIR"
-        )
-    fire.cluster.wait_until_idle()
-    assert dataset_bytes(tmp_path / "out").keys() == {"run.json"}
-    for disk in disks:
-        disk.remount("size=64m")
-    with fire.run(tmp_path) as run:
-        assert run.finish() == 0, run.log.read_text()
-    fire.require_equal(tmp_path)
