@@ -2,7 +2,8 @@
 
 All give the same: the raw stored numbers of `BATCH` windows of one shape in one torch tensor, with their captions, in
 shuffled order. Other libraries leave the sorting by shape to their user: `batched` does it for all of them.
-Their packages are imported where they are used, so that one that is missing costs its own row only.
+Their packages are imported where they are used, so that one that is missing costs its own row only. MosaicML
+Streaming and LitData come into a folder of their own on first use, as for the tests.
 """
 
 # packages of other projects, some without types, some not installed everywhere
@@ -17,7 +18,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
 
 import numpy as np
 import torch
@@ -123,32 +123,41 @@ def read_hf_datasets(place: Place, skip: int) -> Batches:
 # --- MosaicML Streaming ---
 
 
-def _streaming() -> Any:
-    """The package. It imports torchvision for image datasets that nobody here uses: a stand-in will do."""
-    import transformers  # noqa: F401 - it asks for torchvision, too, and must see that there is none
+def _find_streaming() -> None:
+    _find_packages()
+    if "streaming" not in sys.modules:
+        from tests.foreign_readers import bare_streaming
 
-    try:
-        import torchvision  # noqa: F401
-    except ImportError:
-        for name in ("", ".datasets", ".transforms", ".transforms.functional"):
-            sys.modules[f"torchvision{name}"] = MagicMock()
-    import streaming
+        bare_streaming()
 
-    return streaming
+
+def _find_packages() -> None:
+    """After all that is installed, so that nothing but what is missing comes from there."""
+    from tests.foreign_readers import reader_packages
+
+    folder = str(reader_packages())
+    if folder not in sys.path:
+        sys.path.append(folder)
 
 
 def write_mds(rows: Iterable[dict[str, Any]], folder: Path) -> None:
+    _find_streaming()
+    from streaming.base.format.mds.writer import MDSWriter
+
     columns = {"id": "str", "caption": "str", "latent": "ndarray:float16"}
-    with _streaming().MDSWriter(out=str(folder), columns=columns, size_limit=CHUNK_BYTES) as writer:
+    with MDSWriter(out=str(folder), columns=columns, size_limit=CHUNK_BYTES) as writer:
         for row in rows:
             writer.write(row)
 
 
 def read_mds(place: Place, skip: int) -> Batches:
-    streaming = _streaming()
-    streaming.base.util.clean_stale_shared_memory()
+    _find_streaming()
+    from streaming.base.dataset import StreamingDataset
+    from streaming.base.util import clean_stale_shared_memory
+
+    clean_stale_shared_memory()
     where = {"remote": place.url, "local": place.scratch} if place.endpoint else {"local": place.url}
-    dataset = streaming.StreamingDataset(**where, shuffle=True, shuffle_seed=0, batch_size=BATCH)
+    dataset = StreamingDataset(**where, shuffle=True, shuffle_seed=0, batch_size=BATCH)
     if skip:
         dataset.load_state_dict(
             {
@@ -166,6 +175,7 @@ def read_mds(place: Place, skip: int) -> Batches:
 
 
 def write_litdata(rows: Iterable[dict[str, Any]], folder: Path) -> None:
+    _find_packages()
     from litdata.streaming.writer import BinaryWriter
 
     writer = BinaryWriter(str(folder), chunk_bytes=CHUNK_BYTES)
@@ -176,6 +186,7 @@ def write_litdata(rows: Iterable[dict[str, Any]], folder: Path) -> None:
 
 
 def read_litdata(place: Place, skip: int) -> Batches:
+    _find_packages()
     from litdata import StreamingDataset
 
     options: dict[str, Any] = {}

@@ -7,9 +7,11 @@ LitData are here for a small folder's sake. pip installs them without their depe
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 from filelock import FileLock
@@ -42,13 +44,23 @@ PACKAGES = (
     "xattr==1.3.0",
 )
 STREAMING = """
-import importlib.util, sys, types
-for name in ("streaming", "streaming.base"):  # their __init__ import what only its vision and text examples need
-    package = types.ModuleType(name)
-    package.__path__ = list(importlib.util.find_spec(name).submodule_search_locations)
-    sys.modules[name] = package
+from tests.foreign_readers import bare_streaming
+bare_streaming()
 """
 """To be run before `from streaming.base.dataset import StreamingDataset`."""
+
+
+def bare_streaming() -> None:
+    """Make the modules of MosaicML Streaming importable one by one.
+
+    The __init__ files of its packages import what only its vision and text examples need.
+    """
+    for name in ("streaming", "streaming.base"):
+        spec = importlib.util.find_spec(name)
+        assert spec is not None, name
+        package = types.ModuleType(name)
+        package.__path__ = list(spec.submodule_search_locations or ())
+        sys.modules[name] = package
 
 
 def reader_packages() -> Path:

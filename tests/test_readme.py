@@ -10,15 +10,8 @@ import pytest
 import torch
 
 from cvvae import SPECS, save_vae, seeded_vae
-from pipeline.decode.pool import DecodePool
-from pipeline.documents import RunFile, RunIdentity
-from pipeline.encoder import TileEncoder
-from pipeline.manifest import build_manifest
-from pipeline.policies import DecodePolicy, EncodePolicy, ResizePolicy, WindowPolicy
-from pipeline.scratch import Scratch
-from pipeline.shard import ShardEncoder, ShardJob
-from pipeline.sources import WebDatasetSource, plan_source
-from pipeline.storage import Store
+from pipeline.policies import WindowPolicy
+from tests.real_latents import encode_clips
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -34,37 +27,8 @@ def dataset(v2d_shards, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One small shard with a manifest."""
     folder = tmp_path_factory.mktemp("readme")
     (tar,) = v2d_shards(folder / "source", num_shards=1, good=1, failed=0, broken=0)
-    vae = seeded_vae(SPECS["cvvae-sd21-tiny"], 0)
-    save_vae(vae, folder / "vae")
-    windows, resize = WindowPolicy(max_windows=1), ResizePolicy(buckets=((32, 32),))
-    assert vae.weights_sha256 is not None
-    identity = RunIdentity(
-        weights_sha256=vae.weights_sha256,
-        vae=vae.spec.to_dict(),
-        windows=windows,
-        resize=resize,
-        decode_backends=("pyav",),
-        compute_dtype="float32",
-        storage_dtype="float16",
-        logvar=False,
-    )
-    source = WebDatasetSource(urls=str(tar))
-    job = ShardJob(
-        source=source,
-        windows=windows,
-        resize=resize,
-        decode=DecodePolicy(),
-        identity=identity,
-        format="webdataset",
-        store=Store(str(folder / "out")),
-    )
-    scratch = Scratch(folder / "scratch")
-    with DecodePool(DecodePolicy(backends=("pyav",)), 1) as pool:
-        encoder = ShardEncoder(job, TileEncoder(vae, EncodePolicy(), torch.device("cpu")), pool, scratch)
-        receipt = encoder.run(plan_source(source).shards[0]).receipt
-    scratch.close()
-    run = RunFile(fingerprint=identity.fingerprint, identity=identity, format="webdataset", source={}, config={})
-    (folder / "out" / "manifest.json").write_bytes(build_manifest(run, [receipt], ()).to_bytes())
+    save_vae(seeded_vae(SPECS["cvvae-sd21-tiny"], 0), folder / "vae")
+    encode_clips([tar], folder / "out", windows=WindowPolicy(max_windows=1))
     return folder
 
 

@@ -13,7 +13,7 @@ from cvvae.i3d import I3D
 from examples.headline_experiments import compare_convergence, compare_finetuning, fvd_of_samples, relative_loss
 from examples.train_latent_diffusion import Settings
 from pipeline.policies import WindowPolicy
-from tests.examples.real_latents import encode_clips
+from tests.real_latents import encode_clips
 
 SHARED = Settings(batch_size=2, width=32, depth=1, warmup=1, sampler_steps=2, checkpoint_every=4)
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from examples.train_latent_diffusion import LatentTransformer, Settings, draw, on_path, train
-from tests.examples.real_latents import encode_clips
+from tests.real_latents import encode_clips
 
 PROJECT = Path(__file__).parents[2]
 
