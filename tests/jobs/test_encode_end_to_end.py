@@ -9,11 +9,15 @@ from pathlib import Path
 import pytest
 
 from jobs.config import EncodeConfig
+from jobs.dataset_report.facts import gather
+from jobs.dataset_report.page import page_body
 from jobs.encode_webvid import run_encode
+from jobs.plan_encode import run_plan
 from pipeline.dataset import DatasetFolder
 from pipeline.documents import Manifest
 from pipeline.errors import IdentityMismatch, SourceChanged
 from pipeline.formats import FORMATS, read_index
+from pipeline.planning.compare import PLAN
 from pipeline.policies import FormatName
 from pipeline.sources import WebDatasetSource
 from pipeline.status import StatusReader
@@ -48,9 +52,12 @@ def config_for(tars: list[Path], output: Path, format_name: FormatName = "webdat
 
 @pytest.fixture(scope="module")
 def encoded(tars: list[Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
-    """An undisturbed run."""
+    """An undisturbed run, planned before from all of its samples."""
     output = tmp_path_factory.mktemp("undisturbed") / "out"
-    return output, run_encode(config_for(tars, output))
+    config = config_for(tars, output)
+    planned = run_plan(config, clips=8 * SHARDS, seconds=3600)  # groups of four: a tar has two
+    Store(str(output)).replace(PLAN, planned.to_bytes())
+    return output, run_encode(config)
 
 
 def dataset_bytes(output: Path) -> dict[str, bytes]:
@@ -72,6 +79,19 @@ def test_every_sample_is_accounted_for(encoded: tuple[Path, Manifest]) -> None:
     assert len(list((output / "receipts").iterdir())) == SHARDS
     run_report = json.loads(next((output / "runs").iterdir()).read_bytes())
     assert set(run_report["shard_seconds"]) == {"00000", "00001", "00002"}
+
+
+def test_the_run_comes_out_as_planned(encoded: tuple[Path, Manifest]) -> None:
+    """What the run's report says of it, and the page. Times are of the same order: who knows what else runs here."""
+    output, manifest = encoded
+    report = json.loads(min((output / "runs").iterdir()).read_bytes())
+    compared = {one["name"]: one for one in report["plan_against_actual"]}
+    assert {"samples", "clips", "windows", "frames", "payload bytes", "encode seconds"} <= compared.keys()
+    assert [one for name, one in compared.items() if "seconds" not in name and not one["inside"]] == []
+    assert compared["windows"]["actual"] == manifest.counts.windows_stored
+    assert 0.1 < compared["encode seconds"]["actual"] / compared["encode seconds"]["planned"]["value"] < 10
+    page = "".join(page_body(gather(DatasetFolder(Store(str(output)))), []))
+    assert "Plan against actual" in page
 
 
 def test_status_agrees_with_the_manifest(encoded: tuple[Path, Manifest]) -> None:
