@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -188,10 +188,13 @@ def write_litdata(rows: Iterable[dict[str, Any]], folder: Path) -> None:
 def read_litdata(place: Place, skip: int) -> Batches:
     _find_packages()
     from litdata import StreamingDataset
+    from litdata.streaming import downloader
 
     options: dict[str, Any] = {}
     if place.endpoint:
         options = {"storage_options": {"endpoint_url": place.endpoint}, "cache_dir": place.scratch}
+        # its client in Rust refuses an endpoint without TLS, and none of LitData's options says otherwise
+        cast(dict[str, Any], downloader._OBSTORE_CLIENT_OPTIONS)["allow_http"] = True
     dataset = StreamingDataset(place.url, shuffle=True, seed=0, **options)
     if skip:  # its state is for its own DataLoader; reading up to there is what is left without one
         return itertools.islice(batched((one["latent"], one["caption"]) for one in dataset), skip, None)
