@@ -29,7 +29,7 @@ def runs(
     encode_clips(tars, folder / "image", vae="sd-tiny", windows=every_fourth)
     encode_clips(tars, folder / "video", windows=WindowPolicy(max_windows=1))
     image = replace(SHARED, data=str(folder / "image"), vae="sd-tiny", out=str(folder / "base"), steps=8)
-    return image, replace(SHARED, data=str(folder / "video"))
+    return image, replace(SHARED, data=str(folder / "video"), vae="cvvae-sd21-tiny")
 
 
 def test_ways_of_finetuning(runs: tuple[Settings, Settings], tmp_path: Path) -> None:
