@@ -27,8 +27,8 @@ def settings(v2d_shards: Callable[..., list[Path]], tmp_path_factory: pytest.Tem
     folder = tmp_path_factory.mktemp("latents")
     encode_clips(v2d_shards(folder / "source", num_shards=1, good=2, failed=0, broken=0), folder / "latents")
     return Settings(
-        data=str(folder / "latents"), vae="cvvae-sd21-tiny", out="", batch_size=2, steps=8, width=32, depth=1, warmup=1,
-        checkpoint_every=3, sample_every=4, sampler_steps=2,
+        data=str(folder / "latents"), vae="cvvae-sd21-tiny", out="", batch_size=2, steps=8, width=32, depth=1,
+        warmup=1, checkpoint_every=3, sample_every=4, sampler_steps=2,
     )  # fmt: skip
 
 
