@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -156,6 +157,8 @@ def read_mds(place: Place, skip: int) -> Batches:
     from streaming.base.util import clean_stale_shared_memory
 
     clean_stale_shared_memory()
+    if place.endpoint:  # it knows of no other way; our own process
+        os.environ["S3_ENDPOINT_URL"] = place.endpoint
     where = {"remote": place.url, "local": place.scratch} if place.endpoint else {"local": place.url}
     dataset = StreamingDataset(**where, shuffle=True, shuffle_seed=0, batch_size=BATCH)
     if skip:

@@ -56,17 +56,18 @@ def relays() -> list[psutil.Process]:
     return found
 
 
-def store_mebibytes() -> int:
+def store_mebibytes(address: str) -> int:
     from ray._private.internal_api import memory_summary
 
-    found = re.search(r"Plasma memory usage (\d+) MiB", memory_summary(stats_only=True))
+    found = re.search(r"Plasma memory usage (\d+) MiB", memory_summary(address, stats_only=True))
     return int(found[1]) if found else 0
 
 
 class Watch:
     """What was seen while a run went on; the first relay that holds a clip is killed."""
 
-    def __init__(self) -> None:
+    def __init__(self, address: str) -> None:
+        self._address = address
         self.children: set[psutil.Process] = set()
         """Those that held a clip."""
         self.killed: list[int] = []
@@ -83,7 +84,7 @@ class Watch:
                     self._look_at(relay)
                 if self.children and not leaving.is_set() and time.monotonic() >= due:
                     due = time.monotonic() + 0.5
-                    self.most_mebibytes = max(self.most_mebibytes, store_mebibytes())
+                    self.most_mebibytes = max(self.most_mebibytes, store_mebibytes(self._address))
 
         thread = threading.Thread(target=look, daemon=True)
         thread.start()
@@ -109,11 +110,11 @@ def test_a_dataset_is_the_same_wherever_its_clips_were_decoded(
 ) -> None:
     """Good and broken clips; Ray's worker of one remote decoder is killed over a clip."""
     v2d_shards(tmp_path / "source", num_shards=1, good=5, failed=1, broken=1)
-    local = config_for(tmp_path / "source", tmp_path / "local", {"decode_children": 1})
+    local = config_for(tmp_path / "source", tmp_path / "local", {"decode_children": 1, "address": ray_cluster})
     elsewhere = {"decode_children": 0, "remote_decoders": DECODERS, "address": ray_cluster}
     remote = config_for(tmp_path / "source", tmp_path / "remote", elsewhere)
     run_encode(local)
-    watch, before = Watch(), store_mebibytes()
+    watch, before = Watch(ray_cluster), store_mebibytes(ray_cluster)
     with watch.during():
         counts = run_encode(remote).counts
     assert (counts.clips_encoded, counts.clips_rejected) == (5, 2)
