@@ -61,7 +61,7 @@ def _come_in(invitation: Invitation, child: DecodeChild) -> Link:
         if "refused" in reply:
             raise ValueError(reply["refused"])
         return link
-    except BaseException:
+    except BaseException:  # whatever it is passes on; the door must not wait for a child that never comes in
         connection.close()
         raise
 
