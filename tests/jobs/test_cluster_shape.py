@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.cluster import MAX_DECODE_CHILDREN, decide_shape, require_lasting_output
+from jobs.cluster import MAX_DECODE_CHILDREN, connected, decide_shape, require_lasting_output
 from jobs.config import ClusterConfig
 from pipeline.dataflow import ActorShape
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, PipelineError
 from pipeline.policies import EncodePolicy
 
 GIB = float(1 << 30)
@@ -149,3 +149,19 @@ def test_an_output_inside_a_submitted_jobs_package_is_refused(
     require_lasting_output("s3://bucket/out")
     with pytest.raises(ConfigError, match=r"output\.url: .*expected an absolute path"):
         require_lasting_output(str(package / "out"))
+
+
+def test_a_ray_that_does_not_start_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray raises a bare Exception for it, whose traceback has a hundred lines."""
+
+    def too_slow(**options: object) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # by another test of this process
+    monkeypatch.setattr("ray.init", too_slow)
+    with (
+        pytest.raises(PipelineError, match=r"does not start on this machine: The current node timed out.*address"),
+        connected(ClusterConfig()),
+    ):
+        pass
