@@ -19,7 +19,7 @@ from pipeline.documents import Manifest
 from pipeline.errors import DatasetError
 from pipeline.formats import STORED_DTYPES, TORCH_DTYPES
 from pipeline.manifest import build_manifest
-from pipeline.reader.plan import STREAMS, BatchPlan, BucketRows, OrderSettings
+from pipeline.reader.plan import ORDER_VERSION, BatchPlan, BucketRows, OrderSettings
 from pipeline.storage import Store
 
 Tolerated = Literal["unfinished", "mixed"]
@@ -114,7 +114,7 @@ class Catalog:
         """A short digest of all that decides which rows a numbered batch has."""
         settings: OrderSettings = plan.settings
         shards = [(shard.id, sorted(shard.rows.items())) for shard in self.manifest.shards]
-        parts = [self.manifest.fingerprint, [bucket.name for bucket in plan.buckets], shards, STREAMS]
+        parts = [self.manifest.fingerprint, [bucket.name for bucket in plan.buckets], shards, ORDER_VERSION]
         parts += [settings.seed, settings.batch_size, settings.shuffle, settings.tail, settings.buffer_bytes]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 

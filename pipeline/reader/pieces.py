@@ -8,14 +8,14 @@ wanted: the piece is then in the system's page cache and nowhere else.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ from pipeline.reader.cache import RangeCache
 from pipeline.reader.catalog import Catalog
 from pipeline.reader.plan import Piece
 from pipeline.reader.row_bytes import FetchedBytes, FileBytes, OpenFiles, RowBytes, spans
-from pipeline.reader.texts import TextColumn, Texts
+from pipeline.reader.texts import TextColumn
 from pipeline.storage import Store
 
 INDEX_BYTES = 256 << 20
@@ -77,8 +77,8 @@ class LoadedPiece:
     """A piece that can be read. Rows are counted from its first one."""
 
     shard_id: str
-    keys: Texts
-    captions: Texts
+    keys: list[str]
+    captions: list[str]
     columns: dict[str, list[Any]]
     """Fields of the index that were asked for, as Python has them."""
     mean: RowBytes
@@ -110,7 +110,8 @@ class PieceReader:
 
     @property
     def fetches(self) -> bool:
-        """Whether a piece's numbers are fetched when it is loaded, which takes a while."""
+        """Whether a piece's numbers are fetched when it is loaded. Else they are when they are wanted, and loading it
+        tells the system to read them ahead."""
         return not self._store.is_local
 
     def load(self, piece: Piece, bucket: str) -> LoadedPiece:
@@ -118,7 +119,6 @@ class PieceReader:
         shard = self._catalog.manifest.shards[piece.shard]
         rows = self._shard_rows(piece.shard)
         where = rows.where
-        # copies, not slices: those would keep the whole index in memory for as long as the piece is there
         keys, captions = (column.rows(piece.first, piece.stop) for column in (rows.keys, rows.captions))
         columns = {}
         if self._columns:
@@ -138,7 +138,7 @@ class PieceReader:
             starts = (column.offset[piece.first : piece.stop] + self._shift(prefix)).tolist()
             for begin, end in spans(starts, nbytes):
                 file.will_need(max(first, begin - len(prefix)), min(stop, end))
-            yield FileBytes(file, partial(self._files.get, piece.shard), starts, prefix, where)
+            yield FileBytes(file, functools.partial(self._files.get, piece.shard), starts, prefix, where)
 
     def _fetched(self, piece: Piece, bucket: str, columns: Sequence[_Column], where: str) -> Iterator[RowBytes]:
         ranges = [self._span(piece, column, where) for column in columns]
@@ -220,11 +220,14 @@ class PieceReader:
 
     def _shard_rows(self, number: int) -> _ShardRows:
         """Loaded by the first thread that asks; the others wait for it."""
-        future: Future[_ShardRows] = Future()
         with self._lock:
-            known = self._shards.setdefault(number, future)
-            self._shards.move_to_end(number)
-        if known is not future:
+            if (known := self._shards.get(number)) is None:
+                future = self._shards[number] = Future()
+            else:
+                self._shards.move_to_end(number)
+                future = None
+        if future is None:
+            assert known is not None
             return known.result()
         try:
             rows = self._load_shard(number)
@@ -266,10 +269,11 @@ class PieceReader:
         ):
             raise DatasetError(f"{where}: not the index of the shard {shard.id} that the manifest lists")
         _require_buckets(table.column("bucket"), shard.rows, where)
-        mean = self._places(number, table, "vae_latent_bytes", self._catalog.dtype, *_MEAN)
+        read = functools.cache(functools.partial(self._range, number))  # both columns begin at the footer
+        mean = self._places(number, table, read, "vae_latent_bytes", self._catalog.dtype, *_MEAN)
         logvar = None
         if self._want_logvar:
-            logvar = self._places(number, table, "vae_logvar_bytes", self._catalog.logvar_dtype, *_LOGVAR)
+            logvar = self._places(number, table, read, "vae_logvar_bytes", self._catalog.logvar_dtype, *_LOGVAR)
         url = self._store.full_url(self._shard_name(number))
         keys, captions = (TextColumn.of(table.column(name), f"{where}: {name}") for name in _TEXTS)
         return _ShardRows(url, table.select(list(self._columns)), keys, captions, mean, logvar)
@@ -287,7 +291,14 @@ class PieceReader:
         )
 
     def _places(
-        self, number: int, table: pa.Table, blob: str, dtype: torch.dtype, offset: str, length: str
+        self,
+        number: int,
+        table: pa.Table,
+        read: Callable[[int, int], bytes],
+        blob: str,
+        dtype: torch.dtype,
+        offset: str,
+        length: str,
     ) -> _Column:
         where = self._store.full_url(self._shard_name(number))
         if self._catalog.manifest.format == "parquet":
@@ -297,10 +308,6 @@ class PieceReader:
             }
             lengths = np.asarray([nbytes[name] for name in table.column("bucket").to_pylist()], np.int64)
             size = self._catalog.manifest.shards[number].size
-
-            def read(start: int, stop: int) -> bytes:
-                return self._range(number, start, stop)
-
             return _Column(blob_offsets(read, size, blob, lengths.tolist(), where), lengths, dtype)
         if table.column(offset).null_count or table.column(length).null_count:
             raise DatasetError(f"{where}: its index has rows without {offset}")

@@ -13,6 +13,9 @@ How a bucket is shuffled, so that reads stay few and large:
 
 So a row is read by the one rank that owns its lane, and by one worker of that rank if the number of workers divides
 STREAMS. A batch mixes rows of as many places of the dataset as it has rows.
+
+A dataset no larger than the buffer is read by the block instead: lanes are then shorter than blocks, and many would
+each read their part of the same one.
 """
 
 from __future__ import annotations
@@ -27,9 +30,13 @@ import numpy as np
 
 Tail = Literal["drop", "pad"]
 STREAMS = 8
-_CACHED_ORDERS = 1 << 12
+ORDER_VERSION = 2
+"""Of all that is computed here: it changes if the same settings would give other batches."""
 READ_BYTES = (256 << 10, 8 << 20)
 """Least and most bytes of a block."""
+FEW_READS = 4
+"""Of each bucket of a dataset that fits into the buffer, if reads of READ_BYTES are enough for that."""
+ANY_EPOCH = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +54,10 @@ class BucketRows:
     @property
     def num_rows(self) -> int:
         return int(self.rows.sum())
+
+    @property
+    def nbytes(self) -> int:
+        return self.num_rows * self.row_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,17 +79,25 @@ class OrderSettings:
         if self.tail not in ("drop", "pad"):
             raise ValueError(f"tail: expected 'drop' or 'pad', got {self.tail!r}")
 
-    def block_rows(self, row_bytes: int) -> int:
-        """Rows of a block, so that all lanes' pieces together stay within buffer_bytes."""
+    def block_rows(self, bucket: BucketRows, total_bytes: int) -> int:
+        """Rows of a block of a bucket in a dataset of `total_bytes`.
+
+        So few that all lanes' pieces together stay within the bucket's part of buffer_bytes, which is its part of the
+        dataset. Of a dataset that fits, so many that a few reads have it all.
+        """
         least, most = READ_BYTES
-        read_bytes = min(most, max(least, self.buffer_bytes // (STREAMS * self.batch_size)))
-        return max(1, read_bytes // row_bytes)
+        if total_bytes <= self.buffer_bytes:
+            wanted = bucket.nbytes // FEW_READS
+        else:
+            wanted = self.buffer_bytes * bucket.nbytes // total_bytes // (STREAMS * self.batch_size)
+        return max(1, min(most, max(least, wanted)) // bucket.row_bytes)
 
 
 class Piece(NamedTuple):
     """Rows of one shard and one bucket that are read at once."""
 
     epoch: int
+    """ANY_EPOCH for a whole block of a dataset that fits into the buffer: every epoch has it."""
     bucket: int
     shard: int
     first: int
@@ -102,7 +121,7 @@ class Share:
     is_padding: tuple[bool, ...]
     """Whether a row only fills up the tail batch of its bucket and is there as itself, too."""
     finished: tuple[Piece, ...]
-    """Pieces that no later batch needs."""
+    """Pieces that no later batch needs; never one of ANY_EPOCH."""
 
 
 def seed_of(*parts: object) -> int:
@@ -120,6 +139,17 @@ def random_order(count: int, *parts: object) -> np.ndarray:
     return np.argsort(random_bits(count, *parts), kind="stable")
 
 
+def shuffled_keys(positions: np.ndarray, *parts: object) -> np.ndarray:
+    """uint64 sort keys, each a function of its position and the parts alone: the finalizer of SplitMix64.
+
+    For many short permutations at once, where a generator for each would cost more than the permutation.
+    """
+    bits = positions.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed_of(*parts) & (1 << 64) - 1)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        bits = (bits ^ (bits >> np.uint64(shift))) * np.uint64(factor)
+    return bits ^ (bits >> np.uint64(31))
+
+
 def num_batches(rows: int, settings: OrderSettings) -> int:
     """Batches that a bucket of so many rows gives in an epoch."""
     full, rest = divmod(rows, settings.batch_size)
@@ -129,8 +159,10 @@ def num_batches(rows: int, settings: OrderSettings) -> int:
 class _Blocks:
     """The rows of a bucket as a sequence, in the order of an epoch's blocks."""
 
-    def __init__(self, bucket: BucketRows, number: int, settings: OrderSettings, epoch: int) -> None:
-        counts = -(-bucket.rows // settings.block_rows(bucket.row_bytes))  # blocks of each run, of nearly one size
+    def __init__(
+        self, bucket: BucketRows, number: int, settings: OrderSettings, epoch: int, total_bytes: int
+    ) -> None:
+        counts = -(-bucket.rows // settings.block_rows(bucket, total_bytes))  # blocks of each run, of nearly one size
         run = np.repeat(np.arange(len(bucket.rows)), counts)
         index = np.arange(len(run)) - np.repeat(np.cumsum(counts) - counts, counts)
         starts = index * bucket.rows[run] // counts[run]
@@ -143,11 +175,16 @@ class _Blocks:
         self.stop = np.cumsum((stops - starts)[order])
         self.start = self.stop - (stops - starts)[order]
         self._number, self._epoch = number, epoch
+        self._whole = total_bytes <= settings.buffer_bytes
 
-    def piece(self, block: int, start: int, stop: int) -> Piece:
-        """The rows of a block at the positions [start, stop) of the sequence."""
-        offset = int(self.first[block] - self.start[block])
-        return Piece(self._epoch, self._number, int(self.shard[block]), start + offset, stop + offset)
+    def pieces(self, block: np.ndarray, start: np.ndarray, stop: np.ndarray) -> list[Piece]:
+        """What to read for the rows at the positions [start, stop) of the sequence, which are in these blocks."""
+        epoch = self._epoch
+        if self._whole:
+            start, stop, epoch = self.start[block], self.stop[block], ANY_EPOCH
+        offset = self.first[block] - self.start[block]
+        columns = (self.shard[block].tolist(), (start + offset).tolist(), (stop + offset).tolist())
+        return [Piece(epoch, self._number, *one) for one in zip(*columns, strict=True)]
 
 
 class _Cursor:
@@ -177,7 +214,6 @@ class EpochPlan:
     _full: np.ndarray = field(init=False)
     """int64 (buckets, streams): full batches."""
     _blocks: dict[int, _Blocks] = field(init=False, default_factory=dict)
-    _orders: dict[tuple[int, int], np.ndarray] = field(init=False, default_factory=dict)
     _cursors: dict[tuple[int, int, int, int], _Cursor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -218,7 +254,8 @@ class EpochPlan:
 
     def _blocks_of(self, number: int) -> _Blocks:
         if number not in self._blocks:
-            self._blocks[number] = _Blocks(self.buckets[number], number, self.settings, self.epoch)
+            total_bytes = sum(bucket.nbytes for bucket in self.buckets)
+            self._blocks[number] = _Blocks(self.buckets[number], number, self.settings, self.epoch, total_bytes)
         return self._blocks[number]
 
     def _lane_share(self, number: int, stream: int, ordinal: int, lanes: range) -> Share:
@@ -230,15 +267,14 @@ class EpochPlan:
         if stale:
             self._advance(cursor, stale, number, stream, ordinal, lanes)
         cursor.ordinal = ordinal
+        ending = [at for at, stop in enumerate(cursor.stops) if stop == ordinal + 1]
         return Share(
             bucket=number,
             stream=stream,
             pieces=tuple(cursor.pieces),
             rows=tuple([rows[ordinal - start] for rows, start in zip(cursor.rows, cursor.starts, strict=True)]),
             is_padding=(False,) * len(lanes),
-            finished=tuple(
-                [piece for piece, stop in zip(cursor.pieces, cursor.stops, strict=True) if stop == ordinal + 1]
-            ),
+            finished=tuple([cursor.pieces[at] for at in ending if cursor.pieces[at].epoch != ANY_EPOCH]),
         )
 
     def _advance(
@@ -251,22 +287,22 @@ class EpochPlan:
         block = np.searchsorted(blocks.stop, starts + ordinal, side="right")
         lows = np.maximum(starts, blocks.start[block])
         highs = np.minimum(starts + length, blocks.stop[block])
-        for lane, at, start, low, high in zip(
-            stale, block.tolist(), starts.tolist(), lows.tolist(), highs.tolist(), strict=True
-        ):
-            piece = cursor.pieces[lane] = blocks.piece(at, low, high)
-            cursor.rows[lane] = (piece.first + self._order_in(number, low, high)).tolist()
-            cursor.starts[lane], cursor.stops[lane] = low - start, high - start
+        rows = self._shuffled_rows(number, block, lows, highs)
+        pieces = blocks.pieces(block, lows, highs)
+        columns = (stale, pieces, rows, (lows - starts).tolist(), (highs - starts).tolist())
+        for lane, piece, own_rows, low, high in zip(*columns, strict=True):
+            cursor.pieces[lane], cursor.rows[lane] = piece, own_rows
+            cursor.starts[lane], cursor.stops[lane] = low, high
 
-    def _order_in(self, number: int, low: int, high: int) -> np.ndarray:
-        """The order of a piece's rows; remembered for who asks for several ranks."""
-        order = self._orders.get((number, low))
-        if order is None:
-            if len(self._orders) >= _CACHED_ORDERS:
-                self._orders.clear()
-            order = random_order(high - low, "rows", self.settings.seed, self.epoch, self.buckets[number].name, low)
-            self._orders[number, low] = order
-        return order
+    def _shuffled_rows(self, number: int, block: np.ndarray, lows: np.ndarray, highs: np.ndarray) -> list[list[int]]:
+        """Of each span of positions, all of which lie in its block, the rows in the order in which they come."""
+        blocks, counts = self._blocks_of(number), highs - lows
+        ends = np.cumsum(counts)
+        span = np.repeat(np.arange(len(counts)), counts)
+        positions = np.arange(ends[-1]) + (lows - ends + counts)[span]
+        keys = shuffled_keys(positions, "rows", self.settings.seed, self.epoch, self.buckets[number].name)
+        rows = (positions + (blocks.first[block] - blocks.start[block])[span])[np.lexsort((keys, span))].tolist()
+        return [rows[end - count : end] for end, count in zip(ends.tolist(), counts.tolist(), strict=True)]
 
     def _tail_share(self, number: int, lanes: range) -> Share:
         """What is left of a bucket, and then the same rows again until the batch is full."""
@@ -277,18 +313,19 @@ class EpochPlan:
 
     def _share_in_order(self, number: int, positions: Sequence[int], is_padding: Sequence[bool]) -> Share:
         """Rows at given positions of the sequence; what they share with a block is one piece."""
-        blocks = self._blocks_of(number)
-        block = np.searchsorted(blocks.stop, np.asarray(positions), side="right").tolist()
-        low = {at: min(p for p, of in zip(positions, block, strict=True) if of == at) for at in set(block)}
-        high = {at: max(p for p, of in zip(positions, block, strict=True) if of == at) + 1 for at in set(block)}
-        piece = {at: blocks.piece(at, low[at], high[at]) for at in sorted(low)}
+        blocks, at = self._blocks_of(number), np.asarray(positions)
+        block = np.searchsorted(blocks.stop, at, side="right")
+        distinct, of = np.unique(block, return_inverse=True)
+        lows = np.array([at[of == one].min() for one in range(len(distinct))])
+        highs = np.array([at[of == one].max() + 1 for one in range(len(distinct))])
+        pieces = blocks.pieces(distinct, lows, highs)
         return Share(
             bucket=number,
             stream=None,
-            pieces=tuple(piece[at] for at in block),
-            rows=tuple(piece[at].first + position - low[at] for position, at in zip(positions, block, strict=True)),
+            pieces=tuple([pieces[one] for one in of.tolist()]),
+            rows=tuple((at + blocks.first[block] - blocks.start[block]).tolist()),
             is_padding=tuple(is_padding),
-            finished=tuple(piece.values()),
+            finished=tuple(piece for piece in pieces if piece.epoch != ANY_EPOCH),
         )
 
 

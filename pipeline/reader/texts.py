@@ -1,27 +1,14 @@
-"""Keys and captions of rows, without a Python object for each before it is wanted."""
+"""Keys and captions of rows, made when a piece is loaded: those of a whole index are bytes until then."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import DatasetError
-
-
-class Texts:
-    """A text of each row of a piece, made when it is asked for: most of a piece waits for later batches."""
-
-    __slots__ = ("_data", "_ends")
-
-    def __init__(self, data: bytes, ends: Sequence[int]) -> None:
-        """`data` is UTF-8; row n is from ends[n] to ends[n + 1]."""
-        self._data, self._ends = data, ends
-
-    def __getitem__(self, row: int) -> str:
-        return self._data[self._ends[row] : self._ends[row + 1]].decode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +32,12 @@ class TextColumn:
     def nbytes(self) -> int:
         return self.data.nbytes + self.ends.nbytes
 
-    def rows(self, first: int, stop: int) -> Texts:
-        """Of some rows: a copy, which does not keep the whole column in memory."""
+    def rows(self, first: int, stop: int) -> list[str]:
+        """Of some rows."""
         ends = self.ends[first : stop + 1]
         start = int(ends[0])
-        return Texts(bytes(self.data[start : int(ends[-1])]), (ends - start).tolist())
+        data, parts = bytes(self.data[start : int(ends[-1])]), itertools.pairwise((ends - start).tolist())
+        if data.isascii():  # then a text ends where its bytes do
+            text = data.decode()
+            return [text[begin:end] for begin, end in parts]
+        return [data[begin:end].decode() for begin, end in parts]

@@ -96,3 +96,17 @@ def test_what_is_not_there_is_named(both: tuple[Path, str], s3_server: S3Server)
         read("nowhere://x")
     with pytest.raises(ValueError, match="cache_bytes: expected at least"):
         read(url, s3_server.options, cache="/tmp/unused", cache_bytes=1)
+
+
+def test_a_dataset_that_fits_into_the_buffer_is_fetched_once(both: tuple[Path, str], s3_server: S3Server) -> None:
+    """All rows of a bucket and shard in one request, whatever the lanes, and nothing more in later epochs."""
+    folder, url = both
+    with proxy_to(s3_server) as proxy:
+        found = read(url, proxy.options, epochs=3)
+        gets = [head.split()[1].split("?")[0] for head in proxy.heads if "/shards/" in head]
+    assert_same(found, read(str(folder), epochs=3))
+    manifest = LatentDataset(str(folder), 4).catalog.manifest
+    runs = sum(len(shard.rows) for shard in manifest.shards)
+    columns = 1 if manifest.format == "webdataset" else 2
+    small = 5 * len(manifest.shards) if manifest.format == "parquet" else 0  # the footer, page headers
+    assert columns * runs <= len(gets) <= columns * runs + small

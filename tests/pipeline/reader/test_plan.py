@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -9,7 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.reader.plan import STREAMS, BatchPlan, BucketRows, OrderSettings, Share, random_order
+from pipeline.reader.plan import (
+    ANY_EPOCH,
+    FEW_READS,
+    STREAMS,
+    BatchPlan,
+    BucketRows,
+    OrderSettings,
+    Share,
+    random_order,
+    shuffled_keys,
+)
 
 ROW_BYTES = 64 << 10
 
@@ -90,15 +101,46 @@ def test_a_piece_lasts_until_it_is_finished(plan: BatchPlan, data: st.DataObject
         for piece, row in zip(share.pieces, share.rows, strict=True):
             assert piece.first <= row < piece.stop
         assert not gone & set(share.pieces)
-        held |= set(share.pieces)
+        held |= {piece for piece in share.pieces if piece.epoch != ANY_EPOCH}
         held -= set(share.finished)
         gone |= set(share.finished)
         assert len(held) <= len(plan.buckets) * STREAMS * len(lanes)
     assert held == set()
 
 
+@settings(deadline=None)
+@given(plans())
+def test_what_fits_into_the_buffer_is_read_by_the_block_in_every_epoch(plan: BatchPlan) -> None:
+    pieces = [
+        {piece for step in range(plan.batches_per_epoch) for piece in epoch.share(step, range(size)).pieces}
+        for size, epoch in [(plan.settings.batch_size, plan.epoch(number)) for number in (0, 1)]
+    ]
+    fits = sum(one.nbytes for one in plan.buckets) <= plan.settings.buffer_bytes
+    for found in pieces:
+        assert {piece.epoch == ANY_EPOCH for piece in found} <= {fits}
+        for one, other in itertools.pairwise(sorted(found)):
+            assert (one.epoch, one.bucket, one.shard) < (
+                other.epoch,
+                other.bucket,
+                other.shard,
+            ) or one.stop <= other.first
+    if fits and not any(plan.dropped_per_epoch.values()):
+        assert pieces[0] == pieces[1]
+        runs = sum(len(one.rows) for one in plan.buckets)
+        assert len(pieces[0]) <= runs + 2 * FEW_READS * len(plan.buckets)  # these rows are too few for READ_BYTES
+
+
+def test_buckets_share_the_buffer() -> None:
+    buckets = (bucket("a", *[90] * 300), bucket("b", *[90] * 100, row_bytes=3 * ROW_BYTES))
+    order = OrderSettings(seed=0, batch_size=16, buffer_bytes=512 << 20)
+    total = sum(one.nbytes for one in buckets)
+    held = [order.block_rows(one, total) * one.row_bytes * STREAMS * order.batch_size for one in buckets]
+    assert sum(held) <= order.buffer_bytes
+    assert all(part > order.buffer_bytes // 3 for part in held)
+
+
 def test_no_row_is_read_twice_by_workers_that_divide_the_streams() -> None:
-    plan = BatchPlan((bucket("a", *[90] * 40),), OrderSettings(seed=1, batch_size=4, buffer_bytes=1 << 30))
+    plan = BatchPlan((bucket("a", *[90] * 40),), OrderSettings(seed=1, batch_size=4, buffer_bytes=64 << 20))
     epoch = plan.epoch(0)
     for workers in (1, 2, 4, 8):
         readers: dict[object, set[int]] = {}
@@ -109,11 +151,11 @@ def test_no_row_is_read_twice_by_workers_that_divide_the_streams() -> None:
 
 
 def test_reads_are_few_and_large() -> None:
-    """10,000 rows of 64 KiB in 20 shards: blocks of 4 MiB, and at most one more piece per lane."""
+    """90,000 rows of 64 KiB in 1,000 shards: blocks of 4 MiB, and at most one more piece per lane."""
     settings = OrderSettings(seed=0, batch_size=32)
-    plan = BatchPlan((bucket("a", *[90] * 1000),), settings)
+    plan = BatchPlan((rows := bucket("a", *[90] * 1000),), settings)
     epoch = plan.epoch(0)
-    assert settings.block_rows(ROW_BYTES) == 64
+    assert settings.block_rows(rows, rows.nbytes) == 64
     pieces = {p for step in range(0, plan.batches_per_epoch) for p in epoch.share(step, range(32)).pieces}
     assert len(pieces) <= 2000 + 32 * STREAMS
 
@@ -133,6 +175,7 @@ def test_the_order_is_pinned() -> None:
     assert random_order(8, "pinned", 7).tolist() == PINNED_ORDER
     plan = BatchPlan((bucket("a", 50, 30),), OrderSettings(seed=3, batch_size=4, buffer_bytes=1 << 20))
     assert [plan.epoch(2).share(step, range(4)).rows for step in (0, 7)] == PINNED_ROWS
+    assert shuffled_keys(np.arange(8), "pinned", 7).argsort().tolist() == PINNED_KEYS
 
 
 def test_without_shuffling_rows_come_as_stored() -> None:
@@ -165,4 +208,5 @@ def test_what_makes_no_plan_is_refused() -> None:
 
 
 PINNED_ORDER = [5, 0, 4, 2, 6, 3, 1, 7]
-PINNED_ROWS = [(43, 45, 2, 41), (126, 128, 26, 29)]
+PINNED_ROWS = [(42, 45, 2, 41), (126, 129, 26, 28)]
+PINNED_KEYS = [6, 3, 5, 1, 4, 0, 2, 7]

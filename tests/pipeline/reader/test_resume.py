@@ -100,9 +100,9 @@ def test_memory_is_given_back_whatever_the_workers(folder: str, monkeypatch: pyt
     most = 0
     let_go = module.BatchReader._let_go
 
-    def watched(self: Any, epoch: int, share: Any) -> None:
+    def watched(self: Any, planned: Any) -> None:
         nonlocal most
-        let_go(self, epoch, share)
+        let_go(self, planned)
         most = max(most, len(self._held))
 
     monkeypatch.setattr(module.BatchReader, "_let_go", watched)
