@@ -70,8 +70,9 @@ def bench_reader(
     mebibytes: Annotated[int, typer.Option(min=16, help="Latents in each dataset.")] = 512,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     spec: Annotated[str, typer.Option(help="VAE of the latents, with random weights.")] = "cvvae-sd21-tiny",
+    scale: Annotated[int, typer.Option(min=1, help="Windows this many times as wide and high.")] = 1,
     folder: Annotated[Path | None, typer.Option(help="Keep datasets here, and use those that are there.")] = None,
-    store: Annotated[bool, typer.Option(help="Read from an S3 server of the tests, too.")] = True,
+    store: Annotated[bool, typer.Option(help="Read a quarter as much from an S3 server of the tests, too.")] = True,
     latency: Annotated[float, typer.Option(min=0, help="Milliseconds added to each request to it.")] = 20.0,
     reader: Annotated[list[str] | None, typer.Option(help="Only those with this in their name; repeatable.")] = None,
     dropped: Annotated[
@@ -83,16 +84,18 @@ def bench_reader(
     print(machine())
     with contextlib.ExitStack() as stack:
         base = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-reader-")))
-        sizes = {base: mebibytes << 20} | ({base / STORE: mebibytes << 17} if store else {})
-        notes = make_datasets(base, sizes, readers, spec)
+        sizes = {base: mebibytes << 20} | ({base / STORE: mebibytes << 18} if store else {})
+        notes = make_datasets(base, sizes, readers, spec, scale)
         print(startup_table(base), flush=True)
         for drop in (False, True) if dropped else (False,):
             print(reading_table(base, readers, notes, rounds, drop=drop), flush=True)
         if store:
-            print(store_table(base, readers, notes, latency), flush=True)
+            print(store_table(base, readers, notes, latency, rounds), flush=True)
 
 
-def make_datasets(base: Path, sizes: dict[Path, int], readers: Sequence[Reader], spec: str) -> dict[str, str]:
+def make_datasets(
+    base: Path, sizes: dict[Path, int], readers: Sequence[Reader], spec: str, scale: int
+) -> dict[str, str]:
     """A folder per format in each home, of so many bytes; why a format could not be made."""
     ours: tuple[FormatName, ...] = ("webdataset", "parquet")
     wanted: list[tuple[Path, FormatName]] = [
@@ -101,7 +104,8 @@ def make_datasets(base: Path, sizes: dict[Path, int], readers: Sequence[Reader],
     if wanted:
         from jobs.reader_latents import encode_real, write_repeated  # here: each reader's process imports this file
 
-        real = encode_real(base / "source", vae={"spec": spec, "seed": 0}, sides=SIDES, logvar=False)
+        sides = [(height * scale, width * scale) for height, width in SIDES]
+        real = encode_real(base / "source", vae={"spec": spec, "seed": 0}, sides=sides, logvar=False)
         for home, name in wanted:
             write_repeated(real, home / name, name, num_shards=SHARDS, shard_bytes=sizes[home] // SHARDS)
     notes: dict[str, str] = {}
@@ -173,6 +177,10 @@ def reading_table(
 ) -> BenchTable:
     """Every reader in turn, `rounds` times."""
     state = "dropped from the page cache before each read" if drop else "in the page cache"
+    if not drop:
+        for path in base.rglob("*"):
+            if path.is_file():
+                path.read_bytes()
     table = BenchTable(f"an epoch from local disk, files {state}", ("reader", *_COLUMNS))
     places = {reader.name: local_place(base, reader.format) for reader in readers if reader.format not in notes}
     results, plain = _in_turns(places, local_place(base, "webdataset"), rounds, drop=drop)
@@ -241,6 +249,7 @@ def _warm_up(name: str, place: Place) -> None:
 def measure(name: str, place: Place) -> Round:
     """An epoch, and the way to the middle of another one, in this process."""
     reader = _reader(name)
+    shutil.rmtree(place.scratch, ignore_errors=True)  # what a library has fetched before, as for the warm-up
     before = rss_mib()
     reset_peak_rss()
     started, processor = time.perf_counter(), time.process_time()
@@ -250,6 +259,7 @@ def measure(name: str, place: Place) -> Round:
         samples, nbytes, batches = samples + len(captions), nbytes + latents.numel() * 2, batches + 1
     seconds, processor = time.perf_counter() - started, time.process_time() - processor
     peak = peak_rss_mib()
+    shutil.rmtree(place.scratch, ignore_errors=True)
     started = time.perf_counter()
     next(reader.read(place, int(batches) // 2))
     return Round(
@@ -323,18 +333,21 @@ def _fill(
 # --- from a store ---------------------------------------------------------------------------------------------------
 
 
-def store_table(base: Path, readers: Sequence[Reader], notes: dict[str, str], latency: float) -> BenchTable:
-    """One epoch of each reader from the S3 server of the tests, behind a proxy that waits."""
+def store_table(
+    base: Path, readers: Sequence[Reader], notes: dict[str, str], latency: float, rounds: int
+) -> BenchTable:
+    """Every reader in turn from the S3 server of the tests, behind a proxy that waits."""
     table = BenchTable(f"an epoch from an S3 server, {latency:.0f} ms added to each request", ("reader", *_COLUMNS))
     try:
         from tests.s3_server import running_s3
     except ImportError as error:
         table.notes.append(f"not measured: needs the project's folder and its extra dev ({error})")
         return table
+    readers = [reader for reader in readers if reader.from_store]
     with running_s3() as server, _late_proxy(server, latency) as endpoint:
         places = _uploaded(base / STORE, server.url, server.options["endpoint_url"], endpoint)
         known = {reader.name: places[reader.format] for reader in readers if reader.format not in notes}
-        results, plain = _in_turns(known, places["webdataset"], 1, drop=False)
+        results, plain = _in_turns(known, places["webdataset"], rounds, drop=False)
     _fill(table, readers, results, plain, notes)
     return table
 

@@ -63,6 +63,7 @@ class Reader:
     """Convert rows (id, caption, latent) to its format; None for ours."""
     resume: str = field(default="state")
     """How it skips: by a saved state, or by reading."""
+    from_store: bool = True
 
 
 def batched(samples: Iterable[tuple[np.ndarray, str]]) -> Batches:
@@ -82,6 +83,23 @@ def batched(samples: Iterable[tuple[np.ndarray, str]]) -> Batches:
 def ours_raw(place: Place, skip: int) -> Batches:
     dataset = LatentDataset(
         place.url, BATCH, start=skip, latents="raw", dtype=torch.float16, options=place.options or None
+    )
+    return ((batch.latents_BCTHW, batch.captions) for batch in dataset)
+
+
+def ours_beyond_buffer(place: Place, skip: int) -> Batches:
+    """As a dataset is read that is four times as large as the buffer. From a store it would need to be larger: a few
+    hundred blocks, of the least size, are less than the lanes that end in them."""
+    options = place.options or None
+    nbytes = sum(bucket.nbytes for bucket in LatentDataset(place.url, BATCH, options=options).plan.buckets)
+    dataset = LatentDataset(
+        place.url,
+        BATCH,
+        start=skip,
+        buffer_bytes=nbytes // 4,
+        latents="raw",
+        dtype=torch.float16,
+        options=options,
     )
     return ((batch.latents_BCTHW, batch.captions) for batch in dataset)
 
@@ -207,6 +225,7 @@ def read_litdata(place: Place, skip: int) -> Batches:
 READERS: tuple[Reader, ...] = (
     Reader("ours, tars", "webdataset", ours_raw),
     Reader("ours, Parquet", "parquet", ours_raw),
+    Reader("ours, tars, buffer of a quarter", "webdataset", ours_beyond_buffer, from_store=False),
     Reader("ours, tars, normalized float32", "webdataset", ours_normalized),
     Reader("webdataset", "webdataset", read_webdataset, resume="reads"),
     Reader("datasets, streaming", "parquet", read_hf_datasets, resume="reads"),
