@@ -109,6 +109,10 @@ class BatchReader:
                 yield batch
         finally:
             self._pool.shutdown(wait=True, cancel_futures=True)
+            # now: they refer back to this reader, and Python finds such circles late
+            self._held.clear()
+            self._asked.clear()
+            self._planned.clear()
 
     def _plan_ahead(self, numbers: Iterator[int]) -> None:
         """At least one batch, if one is left."""

@@ -86,6 +86,10 @@ class HeldPieces:
         self._blocks.clear()
         self._block_bytes = 0
 
+    def clear(self) -> None:
+        self._of_epoch.clear()
+        self.let_go_blocks()
+
     def let_go_before(self, epoch: int) -> None:
         """Forget all of earlier epochs."""
         self.let_go([piece for piece in self._of_epoch if piece.epoch < epoch])

@@ -71,17 +71,17 @@ def damage(path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["cut", "gone", "zeroed"])
-@pytest.mark.parametrize("format_name", ["webdataset", "parquet"])
+@pytest.mark.parametrize(("format_name", "buffer_bytes"), [("webdataset", 1 << 30), ("parquet", 1)])
 def test_a_damaged_shard_is_named_or_skipped_and_counted(
-    tmp_path: Path, format_name: str, kind: str, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, format_name: str, buffer_bytes: int, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     latents = write_dataset(tmp_path, format_name=format_name)
     (shard,) = (tmp_path / "shards").glob("00002.*")
     damage(shard, kind)
     with pytest.raises((DatasetError, FileNotFoundError), match=r"00002\.") as raised:
-        read(tmp_path)
+        read(tmp_path, buffer_bytes=buffer_bytes)
     assert "shards/00002" in str(raised.value)
-    batches = read(tmp_path, on_corrupt="skip")
+    batches = read(tmp_path, on_corrupt="skip", buffer_bytes=buffer_bytes)
     good = {key for key, latent in latents.items() if latent.row.shard_id != "00002"}
     seen = [
         key

@@ -44,9 +44,13 @@ def assert_same(found: list[LatentBatch], expected: list[LatentBatch]) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_bucket_gives_what_a_disk_gives(both: tuple[Path, str], s3_server: S3Server, workers: int) -> None:
+@pytest.mark.parametrize("buffer_bytes", [1, 1 << 30])
+def test_a_bucket_gives_what_a_disk_gives(
+    both: tuple[Path, str], s3_server: S3Server, workers: int, buffer_bytes: int
+) -> None:
     folder, url = both
-    assert_same(read(url, s3_server.options, workers), read(str(folder)))
+    found = read(url, s3_server.options, workers, buffer_bytes=buffer_bytes, epochs=2)
+    assert_same(found, read(str(folder), buffer_bytes=buffer_bytes, epochs=2))
 
 
 def test_forked_workers_leave_the_connections_of_their_parent_alone(

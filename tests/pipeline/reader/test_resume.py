@@ -25,6 +25,12 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return str(folder)
 
 
+@pytest.fixture(params=[1, 1 << 30], ids=["beyond the buffer", "in the buffer"])
+def settings(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Pieces of lanes, or whole blocks."""
+    return SETTINGS | {"buffer_bytes": request.param}
+
+
 def loader(dataset: LatentDataset, workers: int, **options: Any) -> DataLoader[LatentBatch]:
     return DataLoader(dataset, batch_size=None, num_workers=workers, **options)
 
@@ -40,8 +46,8 @@ def assert_same(found: list[LatentBatch], expected: list[LatentBatch]) -> None:
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker")
 @pytest.mark.parametrize("workers", [1, 2, 3])
-def test_workers_give_the_batches_of_one_process(folder: str, workers: int) -> None:
-    dataset = LatentDataset(folder, 4, **SETTINGS)
+def test_workers_give_the_batches_of_one_process(folder: str, settings: dict[str, Any], workers: int) -> None:
+    dataset = LatentDataset(folder, 4, **settings)
     assert_same(list(loader(dataset, workers)), list(dataset))
 
 
@@ -51,20 +57,20 @@ def test_a_spawned_worker_reads_too(tmp_path: Path) -> None:
     assert_same(list(loader(dataset, 1, multiprocessing_context="spawn")), list(dataset))
 
 
-def test_a_run_goes_on_with_other_ranks_and_workers(folder: str) -> None:
+def test_a_run_goes_on_with_other_ranks_and_workers(folder: str, settings: dict[str, Any]) -> None:
     """Saved by rank 0 of 1 in the middle of the second epoch, resumed by 2 ranks with other workers, and by 4."""
-    unbroken = list(LatentDataset(folder, 4, **SETTINGS))
-    stop = LatentDataset(folder, 4, **SETTINGS).batches_per_epoch + 3
+    unbroken = list(LatentDataset(folder, 4, **settings))
+    stop = LatentDataset(folder, 4, **settings).batches_per_epoch + 3
     consumed = 0
-    for batch in loader(LatentDataset(folder, 4, **SETTINGS), 2):
+    for batch in loader(LatentDataset(folder, 4, **settings), 2):
         consumed = batch.consumed
         if consumed == stop:
             break
-    state = json.loads(json.dumps(LatentDataset(folder, 4, **SETTINGS).state(consumed)))
+    state = json.loads(json.dumps(LatentDataset(folder, 4, **settings).state(consumed)))
     assert len(json.dumps(state)) < 100
     for ranks, workers in ((2, 0), (4, 1)):
         parts = [
-            list(loader(LatentDataset(folder, 4, start=state, rank=rank, world_size=ranks, **SETTINGS), workers))
+            list(loader(LatentDataset(folder, 4, start=state, rank=rank, world_size=ranks, **settings), workers))
             for rank in range(ranks)
         ]
         rest = unbroken[stop:]
@@ -106,7 +112,7 @@ def test_memory_is_given_back_whatever_the_workers(folder: str, monkeypatch: pyt
         most = max(most, len(self._held))
 
     monkeypatch.setattr(module.BatchReader, "_let_go", watched)
-    dataset = LatentDataset(folder, 2, seed=1, epochs=40)
+    dataset = LatentDataset(folder, 2, seed=1, epochs=40, buffer_bytes=1)
     reader = module.BatchReader(
         dataset.catalog,
         dataset.plan,
@@ -118,7 +124,9 @@ def test_memory_is_given_back_whatever_the_workers(folder: str, monkeypatch: pyt
     )
     for _ in reader.batches(range(1, 40 * dataset.batches_per_epoch, 3)):
         pass
-    assert most <= 2 * 8 * 2 + 2 * 3 * 2  # buckets, streams, lanes; and what is read ahead
+    ahead = module.AHEAD_BATCHES + module.MADE_AHEAD + 1
+    assert 0 < most <= 2 * 8 * 2 + 2 * ahead  # buckets, streams, lanes; and what is asked for ahead
+    assert (len(reader._held), reader._asked) == (0, {})
 
 
 def test_a_dataset_can_be_pickled(folder: str) -> None:
