@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -41,6 +42,22 @@ def test_a_run_whose_driver_is_killed_twice_is_finished_by_the_third(fire: Fire,
         run.kill()
     assert run.receipts() < SHARDS
     assert not (run.output / "manifest.json").exists()
+    with fire.run(tmp_path) as run:
+        assert run.finish() == 0, run.log.read_text()
+    fire.require_equal(tmp_path)
+
+
+def test_a_run_that_is_told_to_stop_says_so_and_goes_on_later(fire: Fire, tmp_path: Path) -> None:
+    """SIGTERM, as a scheduler sends it."""
+    with fire.run(tmp_path, num_actors=1) as run:
+        run.wait_for(run.receipts, "a receipt")
+        run.driver.terminate()
+        assert run.finish() != 0
+    text = run.log.read_text()
+    (report,) = [json.loads(path.read_text()) for path in (run.output / "runs").glob("*.json")]
+    assert report["outcome"] == "stopped", text
+    assert f"stopped: {run.receipts()} of {SHARDS} shards are committed" in text
+    assert "Traceback" not in text
     with fire.run(tmp_path) as run:
         assert run.finish() == 0, run.log.read_text()
     fire.require_equal(tmp_path)
