@@ -33,6 +33,11 @@ class Awaited:
             raise self._loaded
         return self._loaded
 
+    @property
+    def failed(self) -> bool:
+        """Whether loading it has ended with an error."""
+        return isinstance(self._loaded, Exception)
+
 
 class HeldPieces:
     """Finds a piece that is held, or has it loaded. One thread asks.
@@ -91,5 +96,7 @@ class HeldPieces:
         self.let_go_blocks()
 
     def let_go_before(self, epoch: int) -> None:
-        """Forget all of earlier epochs."""
+        """Forget all of earlier epochs, and blocks that could not be read in those: a store may be back."""
         self.let_go([piece for piece in self._of_epoch if piece.epoch < epoch])
+        for piece in [piece for piece, (held, _) in self._blocks.items() if held.failed]:
+            self._block_bytes -= self._blocks.pop(piece)[1]

@@ -6,7 +6,7 @@ from typing import cast
 
 import pytest
 
-from pipeline.errors import DatasetError
+from pipeline.errors import DatasetError, StorageError
 from pipeline.reader.held import Awaited, HeldPieces
 from pipeline.reader.pieces import LoadedPiece
 from pipeline.reader.plan import ANY_EPOCH, Piece
@@ -67,3 +67,25 @@ def test_an_error_is_kept_with_its_piece() -> None:
         with pytest.raises(DatasetError, match="damaged"):
             awaited.result()
     assert calls == [1]
+    assert awaited.failed
+
+
+def test_a_block_that_could_not_be_read_is_tried_again_in_the_next_epoch() -> None:
+    attempts: list[Piece] = []
+
+    def load(piece: Piece) -> Awaited:
+        attempts.append(piece)
+
+        def get() -> LoadedPiece:
+            raise StorageError("away")
+
+        return Awaited(get)
+
+    held = HeldPieces(load, 100)
+    for _ in range(2):
+        with pytest.raises(StorageError, match="away"):
+            held.get(block(0), 60).result()
+    assert len(attempts) == 1
+    held.let_go_before(1)
+    held.get(block(0), 60)
+    assert len(attempts) == 2
