@@ -66,13 +66,11 @@ class BatchReader:
         lanes: range,
         on_corrupt: OnCorrupt,
         threads: int,
-        num_workers: int = 1,
     ) -> None:
-        """`threads` read; `num_workers` share this rank's batches, and its part of the buffer."""
         self._catalog, self._plan, self._pieces, self._reading = catalog, plan, pieces, reading
         self._lanes, self._on_corrupt = lanes, on_corrupt
         self._maker = LatentMaker(catalog.dtype, catalog.logvar_dtype, catalog.factors(), reading)
-        part = len(lanes) / plan.settings.batch_size / num_workers
+        part = len(lanes) / plan.settings.batch_size
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="latents")
         self._held = HeldPieces(self._load, int(plan.settings.buffer_bytes * part))
         self._unread: list[Awaited] = []

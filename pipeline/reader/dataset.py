@@ -161,7 +161,6 @@ class LatentDataset(IterableDataset[LatentBatch]):
             lanes=self._lanes,
             on_corrupt=self._on_corrupt,
             threads=self._threads,
-            num_workers=step,
         )
         return reader.batches(numbers)
 

@@ -7,15 +7,15 @@ How a bucket is shuffled, so that reads stay few and large:
 
     runs     the rows of one bucket in one shard, which lie side by side
     blocks   runs cut to the size of a read, in random order over all shards: a sequence of all rows
-    lanes    that sequence cut into STREAMS * batch_size spans: lane i of stream s fills place i of batch s and of
-             every STREAMS-th after it
+    lanes    that sequence cut into batch_size parts of STREAMS spans: span s of part i is the lane that fills place i
+             of batch s and of every STREAMS-th after it
     pieces   what a lane shares with a block: one read, whose rows come in random order over as many batches
 
 So a row is read by the one rank that owns its lane, and by one worker of that rank if the number of workers divides
-STREAMS. A batch mixes rows of as many places of the dataset as it has rows.
+STREAMS. The rows of a batch come from as many places, spread evenly over the whole sequence.
 
 A dataset no larger than the buffer is read by the block instead: lanes are then shorter than blocks, and many would
-each read their part of the same one.
+each read their part of the same one. Ranks still share it out; the workers of a rank read the same blocks.
 """
 
 from __future__ import annotations
@@ -282,8 +282,8 @@ class EpochPlan:
     ) -> None:
         """Put some of the cursor's lanes on the pieces that they are in at a batch."""
         blocks, length = self._blocks_of(number), int(self._full[number, stream])
-        first = int(self._full[number, :stream].sum()) * self.settings.batch_size
-        starts = first + (lanes.start + np.asarray(stale)) * length
+        of_place, before = int(self._full[number].sum()), int(self._full[number, :stream].sum())
+        starts = (lanes.start + np.asarray(stale)) * of_place + before
         block = np.searchsorted(blocks.stop, starts + ordinal, side="right")
         lows = np.maximum(starts, blocks.start[block])
         highs = np.minimum(starts + length, blocks.stop[block])
