@@ -79,6 +79,10 @@ class OrderSettings:
         if self.tail not in ("drop", "pad"):
             raise ValueError(f"tail: expected 'drop' or 'pad', got {self.tail!r}")
 
+    def fits(self, total_bytes: int) -> bool:
+        """Whether a dataset of so many bytes is read by the block, and held."""
+        return total_bytes <= self.buffer_bytes
+
     def block_rows(self, bucket: BucketRows, total_bytes: int) -> int:
         """Rows of a block of a bucket in a dataset of `total_bytes`.
 
@@ -86,7 +90,7 @@ class OrderSettings:
         dataset. Of a dataset that fits, so many that a few reads have it all.
         """
         least, most = READ_BYTES
-        if total_bytes <= self.buffer_bytes:
+        if self.fits(total_bytes):
             wanted = bucket.nbytes // FEW_READS
         else:
             wanted = self.buffer_bytes * bucket.nbytes // total_bytes // (STREAMS * self.batch_size)
@@ -175,7 +179,7 @@ class _Blocks:
         self.stop = np.cumsum((stops - starts)[order])
         self.start = self.stop - (stops - starts)[order]
         self._number, self._epoch = number, epoch
-        self._whole = total_bytes <= settings.buffer_bytes
+        self._whole = settings.fits(total_bytes)
 
     def pieces(self, block: np.ndarray, start: np.ndarray, stop: np.ndarray) -> list[Piece]:
         """What to read for the rows at the positions [start, stop) of the sequence, which are in these blocks."""
